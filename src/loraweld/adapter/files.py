@@ -1,0 +1,141 @@
+"""An adapter folder: its config, its tensors grouped by module, its companion files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loraweld.adapter.config import CONFIG_NAME, AdapterConfig, read_adapter_config
+from loraweld.adapter.keys import parse_key
+from loraweld.adapter.values import same_values
+from loraweld.checkpoint.stored import SafetensorsFile, StoredTensor, read_safetensors
+from loraweld.errors import AdapterError, CheckpointError, listing
+
+SAFE_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+_NOT_PEFT = {
+    "adapters.safetensors": "an MLX adapter",
+    "lora.safetensors": "not in PEFT's format",
+    "adapter.safetensors": "not in PEFT's format",
+    "pytorch_lora_weights.safetensors": "a diffusers LoRA",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """One adapter: `modules` maps module path → part → tensor; `parameters` maps parameter name → tensor.
+
+    `weights` is the file as found, `safetensors` its form that is read. `untrained` are the tensors that play
+    no part in the result (see `keys`).
+    """
+
+    folder: Path
+    weights: Path
+    safetensors: Path
+    config: AdapterConfig
+    modules: Mapping[str, Mapping[str, StoredTensor]]
+    parameters: Mapping[str, StoredTensor]
+    untrained: tuple[StoredTensor, ...]
+    scratch: tempfile.TemporaryDirectory[str] | None = field(repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        """The folder's name, by which reports call the adapter."""
+        return self.folder.name or str(self.folder)
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Open the PEFT adapter in `folder`, or in its only subfolder that holds one.
+
+    Raises:
+        AdapterError: no adapter there, not PEFT's format, damaged, or of a kind that cannot be merged.
+    """
+    folder = _locate(folder)
+    config = read_adapter_config(folder)
+    weights, file, scratch = _open_weights(folder)
+    grouped = _group(file)
+    if not grouped.modules and not grouped.parameters:
+        raise AdapterError("holds no tensors; was the adapter saved?", path=weights)
+    return Adapter(
+        folder=folder,
+        weights=weights,
+        safetensors=file.path,
+        config=config,
+        modules=grouped.modules,
+        parameters=grouped.parameters,
+        untrained=tuple(grouped.untrained),
+        scratch=scratch,
+    )
+
+
+def _locate(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise AdapterError(f"is not a folder; expected a PEFT adapter ({CONFIG_NAME} and weights)", path=folder)
+    if (folder / CONFIG_NAME).exists():
+        return folder
+    nested = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if len(nested) == 1:
+        return nested[0]
+    if nested:
+        names = listing(str(path) for path in nested)
+        raise AdapterError(f"holds several adapters; name the one to merge:\n{names}", path=folder)
+    for name, what in _NOT_PEFT.items():
+        if (folder / name).exists():
+            raise AdapterError(f"has {name} but no {CONFIG_NAME}: it is {what}; convert it to PEFT", path=folder)
+    raise AdapterError(f"has no {CONFIG_NAME}; is it a PEFT adapter?", path=folder)
+
+
+def _open_weights(
+    folder: Path,
+) -> tuple[Path, SafetensorsFile, tempfile.TemporaryDirectory[str] | None]:
+    if (folder / SAFE_NAME).exists():
+        weights = folder / SAFE_NAME
+        return weights, _read(weights), None
+    if (folder / PICKLE_NAME).exists():
+        weights = folder / PICKLE_NAME
+        scratch = tempfile.TemporaryDirectory(prefix="loraweld-")
+        return weights, _read(_unpickle(weights, Path(scratch.name))), scratch
+    raise AdapterError(f"has neither {SAFE_NAME} nor {PICKLE_NAME}", path=folder)
+
+
+def _read(path: Path) -> SafetensorsFile:
+    try:
+        return read_safetensors(path)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None
+
+
+def _unpickle(path: Path, scratch: Path) -> Path:
+    """Rewrite a pickled adapter as safetensors in `scratch`; only tensors are ever unpickled."""
+    from loraweld.adapter.pickled import convert_pickle  # torch is imported only when it is needed
+
+    return convert_pickle(path, scratch / SAFE_NAME)
+
+
+@dataclass(slots=True)
+class _Grouped:
+    modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    parameters: dict[str, StoredTensor] = field(default_factory=dict)
+    untrained: list[StoredTensor] = field(default_factory=list)
+
+
+def _group(file: SafetensorsFile) -> _Grouped:
+    grouped = _Grouped()
+    for tensor in file.tensors:
+        key = parse_key(tensor.name)
+        if key.part == "untrained":
+            grouped.untrained.append(tensor)
+        elif key.part == "parameter":
+            _file_once(grouped.parameters, key.module, tensor)
+        else:
+            _file_once(grouped.modules.setdefault(key.module, {}), key.part, tensor)
+    return grouped
+
+
+def _file_once(place: dict[str, StoredTensor], part: str, tensor: StoredTensor) -> None:
+    """Keep `tensor`; a second spelling of the same part must hold the same values."""
+    if part in place and not same_values(place[part], tensor):
+        raise AdapterError(f"{tensor.name!r} and {place[part].name!r} both claim {part!r} and differ")
+    place.setdefault(part, tensor)

@@ -1,0 +1,51 @@
+"""adapter_model.bin → safetensors, through `torch.load(weights_only=True)` and nothing else."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from loraweld.checkpoint.header import build_header
+from loraweld.errors import AdapterError
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
+
+
+def convert_pickle(path: Path, target: Path) -> Path:
+    """Write the tensors of the pickle at `path` to the safetensors file `target` and return `target`.
+
+    Raises:
+        AdapterError: not a pickle of plain tensors.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdapterError(
+            f"cannot be loaded safely (weights_only): {reason}; save the adapter again as safetensors",
+            path=path,
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise AdapterError("does not hold a mapping of names to tensors", path=path)
+    _write(state, path, target)
+    return target
+
+
+def _write(state: dict[str, torch.Tensor], path: Path, target: Path) -> None:
+    for name, tensor in state.items():
+        if tensor.dtype not in _CODES:
+            raise AdapterError(f"tensor {name!r} is {tensor.dtype}; adapters hold floats", path=path)
+    entries = [(name, _CODES[t.dtype], tuple(t.shape)) for name, t in state.items()]
+    with target.open("wb") as file:
+        file.write(build_header(entries, {"format": "pt"}))
+        for tensor in state.values():
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

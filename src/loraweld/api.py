@@ -1,0 +1,201 @@
+"""The Python interface: `merge` and `plan`, the same as the commands."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from loraweld.errors import LoraweldError, OutputError
+from loraweld.planning.build import Facts, build_plan, gather_facts
+from loraweld.planning.lora_output import plan_lora
+from loraweld.planning.merge_plan import RECORD_NAME, MergePlan
+from loraweld.record import record_text
+from loraweld.report import MergeReport, human_bytes
+from loraweld.request import MergeRequest, PathLike, make_request
+from loraweld.sinks.existing import ExistingSink
+from loraweld.sinks.folder import open_folder_sink, staging_folder
+
+Progress = Callable[[int], None]
+
+
+def plan(adapter: PathLike | Sequence[PathLike], *, output: PathLike, **options: Any) -> MergePlan:
+    """Return what `merge` with the same arguments would do; reads headers only, writes nothing.
+
+    Raises:
+        LoraweldError: the merge would be refused.
+    """
+    request = make_request(adapter, output=output, **options)
+    return plan_request(request)[0]
+
+
+def merge(
+    adapter: PathLike | Sequence[PathLike],
+    *,
+    output: PathLike,
+    base: PathLike | None = None,
+    save_method: str = "merged_16bit",
+    dtype: str = "auto",
+    max_shard_size: int | str | None = None,
+    max_memory: int | str = "512MB",
+    workers: int | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    tokenizer: PathLike | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge one or more adapters into their base and write one standalone model to the folder `output`.
+
+    Args:
+        adapter: a PEFT folder, or several; their deltas are summed before the only rounding.
+        output: the folder that will hold the model; it appears when it is complete.
+        base: a folder or a Hub id; None takes the one that the adapter's config names.
+        save_method: "merged_16bit", or "lora" for the adapter alone.
+        dtype: of the weights the base stores in its main dtype: "auto" keeps a 16-bit type and writes
+            bfloat16 for a float32 base; "bfloat16", "float16", "float32".
+        max_shard_size: repack into files of at most this size ("5GB", or bytes); None keeps the base's files.
+        max_memory: what the merge may allocate, on top of about 250 MB for Python and torch.
+        workers: threads; None takes four.
+        overwrite: replace an output that exists.
+        resume: continue an interrupted merge of the same inputs.
+        tokenizer: folder of the tokenizer to ship, instead of the adapter's or the base's.
+        progress: called from any thread with the number of weight bytes that became ready.
+
+    Raises:
+        LoraweldError: something the user can fix; `output` is as it was.
+    """
+    request = make_request(
+        adapter,
+        output=output,
+        base=base,
+        save_method=save_method,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        max_memory=max_memory,
+        workers=workers,
+        overwrite=overwrite,
+        resume=resume,
+        tokenizer=tokenizer,
+    )
+    return merge_request(request, progress=progress or (lambda count: None))
+
+
+def plan_request(request: MergeRequest) -> tuple[MergePlan, Facts | None]:
+    """Open the inputs and plan; an adapter written alone has no facts of a base."""
+    if request.save_method == "lora":
+        return plan_lora(request), None
+    facts = gather_facts(request)
+    return build_plan(request, facts), facts
+
+
+def merge_request(
+    request: MergeRequest, *, progress: Progress, on_plan: Callable[[MergePlan], None] | None = None
+) -> MergeReport:
+    """Plan, run and report; `on_plan` is called before the first byte is written."""
+    started = time.monotonic()
+    made, facts = plan_request(request)
+    _check_disk(made)
+    if on_plan:
+        on_plan(made)
+    record = record_text(made, facts) if facts else None
+    if _is_taken(request) and not staging_folder(request.output).exists():
+        result = _compare(made, record, progress)
+        return _report(made, *result, started=started, was_there=True)
+    return _report(made, *_write(request, made, record, progress), started=started)
+
+
+def _is_taken(request: MergeRequest) -> bool:
+    """True if something is in the output place that may not be replaced."""
+    return not request.overwrite and request.output.is_dir() and any(request.output.iterdir())
+
+
+def _compare(made: MergePlan, record: str | None, progress: Progress) -> tuple[int, int]:
+    """An output that says it is the result of this merge is compared with it, byte for byte.
+
+    Raises:
+        OutputError: it is something else.
+    """
+    path = made.output / RECORD_NAME
+    if record is None or not path.is_file() or path.read_bytes() != record.encode():
+        raise OutputError(_TAKEN, path=made.output)
+    return _run(made, ExistingSink(made.output), record, progress)
+
+
+_TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
+
+
+def _write(request: MergeRequest, made: MergePlan, record: str | None, progress: Progress) -> tuple[int, int]:
+    try:
+        with open_folder_sink(request.output, identity=_identity(made, record), resume=request.resume) as sink:
+            if sink.is_published:
+                sink.clean_up()
+                return 0, made.bytes_written
+            try:
+                if _is_taken(request):
+                    raise OutputError(_TAKEN, path=request.output)
+                return _run(made, sink, record, progress)
+            except LoraweldError:
+                sink.clean_up()  # it would fail again: there is nothing to continue
+                raise
+    except OSError as error:
+        raise _output_error(error, request) from None
+
+
+def _run(made: MergePlan, sink: Any, record: str | None, progress: Progress) -> tuple[int, int]:
+    from loraweld.execute.run import run_plan  # torch is imported only once there is work
+
+    result = run_plan(made, sink, record=record, progress=progress)
+    return result.made_bytes, result.resumed_bytes
+
+
+def _check_disk(made: MergePlan) -> None:
+    """Raises:
+    OutputError: the disk cannot hold the output; nothing was written.
+    """
+    staged = sum(file.stat().st_size for file in staging_folder(made.output).glob("model/*"))
+    if made.bytes_written > made.free_disk_bytes + staged:
+        raise OutputError(
+            f"the disk has {human_bytes(made.free_disk_bytes)} free, the output takes "
+            f"{human_bytes(made.bytes_written)}; free some space or choose another output",
+            path=made.output,
+        )
+
+
+def _identity(made: MergePlan, record: str | None) -> str:
+    """A hash of the merge and of the very files it reads: sizes, times and inodes included."""
+    digest = hashlib.sha256(f"{made.fingerprint}\0{record}".encode())
+    sources = (*made.inputs, *(file.source for file in made.small if file.source))
+    for path in sources:
+        info = path.stat()
+        digest.update(repr((str(path), info.st_size, info.st_mtime_ns, info.st_ino)).encode())
+    return digest.hexdigest()
+
+
+def _output_error(error: OSError, request: MergeRequest) -> OutputError:
+    staging = staging_folder(request.output)
+    kept = f"what is finished is kept in {staging}: the same command continues"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk is full; free some space, {kept}", path=request.output)
+    return OutputError(f"cannot be written: {error.strerror or error}; {kept}", path=request.output)
+
+
+def _report(
+    made: MergePlan, made_bytes: int, resumed_bytes: int, *, started: float, was_there: bool = False
+) -> MergeReport:
+    return MergeReport(
+        output=made.output,
+        base=made.base,
+        adapters=made.adapters,
+        save_method=made.save_method,
+        dtype=made.dtype,
+        files=tuple([file.name for file in made.weights] + [file.name for file in made.small]),
+        recipes=dict(made.recipes_by_kind),
+        modules=made.modules,
+        notes=made.notes,
+        bytes_written=made.bytes_written,
+        resumed_bytes=resumed_bytes,
+        was_there=was_there,
+        seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,133 @@
+"""A base model on disk, from its headers, index and config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.checkpoint.stored import SafetensorsFile, StoredTensor, read_safetensors
+from loraweld.dtypes import is_plain_float
+from loraweld.errors import CheckpointError, listing
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A base model: its weight files in order, its tensors by name, its config.
+
+    `label` is what the user called it (a Hub id or a path); `commit` the Hub's commit, if it came from there.
+    """
+
+    folder: Path
+    label: str
+    commit: str | None
+    files: tuple[SafetensorsFile, ...]
+    index: Mapping[str, Any] | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+
+    @property
+    def model_type(self) -> str:
+        """The config's model_type, or "" when there is none."""
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else ""
+
+    @property
+    def main_dtype(self) -> str:
+        """The code of the float dtype that holds most of the bytes."""
+        totals: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            if is_plain_float(tensor.dtype):
+                totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.num_bytes
+        return max(totals, key=lambda code: totals[code]) if totals else "F32"
+
+
+def open_base(folder: Path, *, label: str | None = None, commit: str | None = None) -> Base:
+    """Open the model in `folder`: `*.safetensors` (an index decides which, if there is one) and config.json.
+
+    Raises:
+        CheckpointError: no weights, a damaged file, an index that names a missing file or tensor or leaves
+            the folder, a tensor stored twice, or a quantised base.
+    """
+    if not folder.is_dir():
+        raise CheckpointError("is not a folder; --base takes a model folder or a Hub id", path=folder)
+    config_path = folder / "config.json"
+    config = read_json_object(config_path) if config_path.exists() else {}
+    index_path = folder / INDEX_NAME
+    index = read_json_object(index_path) if index_path.exists() else None
+    names = _indexed_files(index, index_path) if index is not None else _weight_files(folder)
+    files = tuple(read_safetensors(folder / name) for name in names)
+    tensors = _by_name(files)
+    if index is not None:
+        _check_index(index["weight_map"], tensors, index_path)
+    return Base(
+        folder=folder,
+        label=label or str(folder),
+        commit=commit,
+        files=files,
+        index=index,
+        config=config,
+        tensors=tensors,
+    )
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """File names as transformers finds them without an index: model.safetensors, else all there are."""
+    if (folder / SINGLE_NAME).exists():
+        return [SINGLE_NAME]
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise CheckpointError(f"holds no *.safetensors files; it has\n{_what_is_there(folder)}", path=folder)
+    if "adapter_model.safetensors" in names:
+        raise CheckpointError("is an adapter, not a base model; give its base with --base", path=folder)
+    return names
+
+
+def _what_is_there(folder: Path) -> str:
+    return listing((path.name for path in folder.iterdir()), limit=8) or "  nothing"
+
+
+def _indexed_files(index: Mapping[str, Any], path: Path) -> list[str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("has no weight_map; is it the index of a sharded model?", path=path)
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if not _stays_inside(name):
+            raise CheckpointError(f"names the file {name!r}, which leaves the model's folder", path=path)
+        if not (path.parent / name).exists():
+            raise CheckpointError(f"names {name!r}, which is missing; is the download complete?", path=path)
+    return names
+
+
+def _stays_inside(name: str) -> bool:
+    pure = PurePosixPath(name)
+    return bool(pure.name) and not pure.is_absolute() and ".." not in pure.parts and not set(name) & set("\0\\:")
+
+
+def _by_name(files: Iterable[SafetensorsFile]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        for tensor in file.tensors:
+            if tensor.name in found:
+                other = found[tensor.name].path.name
+                raise CheckpointError(
+                    f"tensor {tensor.name!r} is also in {other}; which one counts is not said", path=file.path
+                )
+            found[tensor.name] = tensor
+    return found
+
+
+def _check_index(weight_map: Mapping[str, object], tensors: Mapping[str, StoredTensor], path: Path) -> None:
+    wrong = [
+        f"{name}: {file}"
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].path.name != PurePosixPath(str(file)).name
+    ]
+    if wrong:
+        raise CheckpointError(f"names tensors that are not in the file it says:\n{listing(wrong)}", path=path)

@@ -1,0 +1,79 @@
+"""A base by path or by Hub id → a folder on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraweld.errors import CheckpointError
+
+# What a base needs: weights in safetensors and the small files beside them.
+_PATTERNS = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.tiktoken",
+    "*.md",
+    "LICENSE*",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """A model's folder, what the user called it, and the Hub's commit if it is a snapshot."""
+
+    folder: Path
+    label: str
+    commit: str | None = None
+
+
+def locate_base(name: str, *, revision: str | None = None) -> Located:
+    """Return the folder of `name`: itself if it is one, else the Hub's snapshot, cached or downloaded.
+
+    Raises:
+        CheckpointError: neither a folder nor a model the Hub (or, offline, the cache) has.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Located(folder=path, label=name)
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"base {name!r} is not a folder; give a model folder or a Hub id with --base")
+    return _snapshot(name, revision)
+
+
+def _snapshot(repo_id: str, revision: str | None) -> Located:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        folder = Path(_cached_or_downloaded(repo_id, revision))
+    except HFValidationError:
+        raise CheckpointError(
+            f"base {repo_id!r} is neither a folder nor a valid Hub id; give its folder with --base"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"base {repo_id!r}{at} is not in the local Hub cache and the Hub cannot be reached; "
+            "give its folder with --base, or go online (HF_HUB_OFFLINE unset)"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"base {repo_id!r}{at} cannot be downloaded: {reason}") from None
+    return Located(folder=folder, label=repo_id, commit=folder.name)
+
+
+def _cached_or_downloaded(repo_id: str, revision: str | None) -> str:
+    """Prefer a complete snapshot in the cache: no network, and the same bytes as the last time."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS, local_files_only=True)
+        if any(Path(found).glob("*.safetensors")):
+            return str(found)
+    except LocalEntryNotFoundError:
+        pass
+    return str(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))

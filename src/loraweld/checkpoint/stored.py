@@ -1,0 +1,82 @@
+"""Where a stored tensor lies: a file, an absolute offset, a dtype and a shape."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraweld.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
+from loraweld.dtypes import num_bytes
+from loraweld.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """`num_bytes` bytes at `offset` of `path`, row-major; `name` is its name in that file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix view: the first size (1 for a scalar)."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def cols(self) -> int:
+        """Columns of the matrix view: the product of the other sizes."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.dtype, math.prod(self.shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetensorsFile:
+    """One safetensors file, from its header alone."""
+
+    path: Path
+    header: Header
+    file_bytes: int
+    tensors: tuple[StoredTensor, ...]
+
+
+def read_safetensors(path: Path) -> SafetensorsFile:
+    """Read the header of `path`.
+
+    Raises:
+        CheckpointError: not a regular file, not readable, or a header that breaks the format.
+    """
+    try:
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise CheckpointError("is not a regular file", path=path)
+            length = header_length(file.read(LENGTH_BYTES), info.st_size)
+            file.seek(0)
+            header = parse_header(file.read(LENGTH_BYTES + length), info.st_size)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
+    except CheckpointError as error:
+        raise error if error.path else CheckpointError(str(error), path=path) from None
+    return SafetensorsFile(path=path, header=header, file_bytes=info.st_size, tensors=tuple(_tensors(path, header)))
+
+
+def _tensors(path: Path, header: Header) -> list[StoredTensor]:
+    return [
+        StoredTensor(
+            name=entry.name,
+            dtype=entry.dtype,
+            shape=entry.shape,
+            path=path,
+            offset=header.data_start + entry.start,
+        )
+        for entry in header.entries
+    ]

@@ -1,0 +1,175 @@
+"""argv → request; error → exit code; nothing else.
+
+Exit codes: 0 done, 1 something the user can fix (one message on stderr), 2 usage, 130 interrupted.
+argparse, not typer: typer with rich takes 0.3 s to print a help page, which is the whole budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from loraweld._version import __version__
+from loraweld.errors import LoraweldError, RequestError
+from loraweld.request import DTYPES, SAVE_METHODS, MergeRequest, make_request
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except LoraweldError as error:
+        _fail(f"error: {error}", 2 if isinstance(error, _UsageError) else 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues", 130)
+    except BrokenPipeError:  # `loraweld inspect | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+class _UsageError(RequestError):
+    """An option's value that cannot be read: exit code 2, as for an unknown option."""
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"loraweld: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from loraweld.api import merge_request
+    from loraweld.progress import show_progress
+
+    quiet = arguments.quiet or arguments.json
+    request = _request(arguments)
+    with show_progress(quiet=quiet) as shown:
+        report = merge_request(request, progress=shown.advance, on_plan=shown.begin)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2))
+    elif not arguments.quiet:
+        print("\n".join(report.lines()))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from loraweld.api import plan_request
+    from loraweld.report import plan_lines
+
+    made, _ = plan_request(_request(arguments))
+    if arguments.json:
+        print(json.dumps(made.to_json(), indent=2))
+    elif not arguments.quiet:
+        print("\n".join(plan_lines(made)))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from loraweld.inspection import inspect
+    from loraweld.report import inspect_lines
+
+    found = inspect(arguments.path)
+    print(json.dumps(found, indent=2) if arguments.json else "\n".join(inspect_lines(found)))
+
+
+def _request(arguments: argparse.Namespace) -> MergeRequest:
+    options: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in (
+            *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
+            *("workers", "overwrite", "resume", "tokenizer"),
+        )
+    }
+    try:
+        return make_request(arguments.adapter, **options)
+    except RequestError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loraweld", description="Merge an adapter into its base model and write one standalone model."
+    )
+    parser.add_argument("--version", action="version", version=f"loraweld {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    merge = commands.add_parser(
+        "merge",
+        help="merge adapters into their base model",
+        description="Merge one or more PEFT adapters into their base model.",
+        epilog="example: loraweld merge my-adapter -o my-model",
+    )
+    _add_merge_arguments(merge)
+    merge.set_defaults(run=_merge)
+    plan = commands.add_parser(
+        "plan",
+        help="show what merge would do; writes nothing",
+        description="Print what merge with the same arguments would do; reads headers only, writes nothing.",
+        epilog="example: loraweld plan my-adapter -o my-model --json",
+    )
+    _add_merge_arguments(plan)
+    plan.set_defaults(run=_plan)
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a folder is",
+        description="Say what a base, an adapter or an output is, from headers alone.",
+        epilog="example: loraweld inspect my-adapter",
+    )
+    inspect.add_argument("path", metavar="PATH", help="a folder, or a Hub id")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("adapter", nargs="+", metavar="ADAPTER", help="folder of a PEFT adapter; several are summed")
+    add("-o", "--output", required=True, metavar="OUT", help="folder for the model; it appears when complete")
+    add("--base", metavar="BASE", help="base model, a folder or Hub id (default: the one the adapter names)")
+    add(
+        "--save-method",
+        default="merged_16bit",
+        metavar="METHOD",
+        help=f"{' or '.join(SAVE_METHODS)}, the adapter alone (default: %(default)s)",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        metavar="DTYPE",
+        help=f"dtype of the main weights: {', '.join(DTYPES)}; auto keeps 16 bit, else bfloat16 (default: %(default)s)",
+    )
+    add(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="repack into files of at most this size, e.g. 5GB (default: as the base)",
+    )
+    add(
+        "--max-memory",
+        default="512MB",
+        metavar="SIZE",
+        help="what the merge may allocate, besides about 250 MB for Python and torch (default: %(default)s)",
+    )
+    add("--workers", type=int, metavar="N", help="threads (default: 4)")
+    add("--overwrite", action="store_true", help="replace an output that exists")
+    add(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="start afresh instead of continuing a killed run",
+    )
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="folder of the tokenizer to ship (default: the adapter's, else the base's)",
+    )
+    add("--json", action="store_true", help="print the report as JSON on stdout")
+    add("--quiet", action="store_true", help="print nothing but errors")

@@ -1,0 +1,80 @@
+"""The two factors of a low-rank delta: the right one whole, the left one for the rows at hand.
+
+Shape letters: N = rows of the stored tensor, n = rows at hand, C = its columns, R = rank.
+The delta of the stored tensor is L·R with L (N, R) and R (R, C): B and A, or for transposed tensors
+A transposed and B transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from loraweld.adapter.edits import LowRank, Residual
+from loraweld.checkpoint.reader import Reader
+from loraweld.checkpoint.stored import StoredTensor
+from loraweld.compute.tensors import read_columns, read_rows
+
+
+class Left:
+    """Rows [start, …) of the left factor."""
+
+    def __init__(self, rows_nR: torch.Tensor, start: int) -> None:
+        self._rows_nR = rows_nR
+        self._start = start
+        self.largest_norm = _largest_row_norm(rows_nR)
+
+    def rows(self, top: int, count: int) -> torch.Tensor:
+        """Return `count` rows from row `top` of the tensor on, (count, R)."""
+        return self._rows_nR[top - self._start : top - self._start + count]
+
+    def pick(self, rows_K: torch.Tensor) -> torch.Tensor:
+        """Return the rows with these numbers, (K, R)."""
+        return self._rows_nR[rows_K - self._start]
+
+
+class Factors:
+    """Right factor in memory, left factor on demand."""
+
+    def __init__(self, right_RC: torch.Tensor, left_rows: Callable[[int, int], torch.Tensor]) -> None:
+        self.right_RC = right_RC
+        self.largest_norm = _largest_row_norm(right_RC.T)
+        self._left_rows = left_rows
+
+    @classmethod
+    def stored(cls, edit: LowRank, reader: Reader) -> Factors:
+        """Return the factors of an adapter's tensors."""
+        a, b = edit.a, edit.b
+        if edit.transposed:
+            right_RC = read_rows(reader, b, 0, b.rows).T.contiguous()
+            return cls(right_RC, lambda start, stop: read_columns(reader, a, start, stop))
+        return cls(read_rows(reader, a, 0, a.rows), lambda start, stop: read_rows(reader, b, start, stop))
+
+    def left(self, start: int, stop: int) -> Left:
+        """Load rows [start, stop) of the left factor."""
+        return Left(self._left_rows(start, stop), start)
+
+
+def decompose(edit: Residual, source: StoredTensor, reader: Reader) -> Factors:
+    """Derive the initial factors of PiSSA or OLoRA from the stored weight, as PEFT does when it attaches them.
+
+    PiSSA: B₀ = V·√(S/s), A₀ = √(S/s)·Uᵀ of the SVD of W (O, I); OLoRA: B₀ = Q, A₀ = R of its QR decomposition,
+    leading `rank` columns and rows.
+    """
+    weight = read_rows(reader, source, 0, source.rows)
+    weight = weight.T if edit.transposed else weight
+    if edit.method == "olora":
+        q, r = torch.linalg.qr(weight)
+        b_OR, a_RI = q[:, : edit.rank], r[: edit.rank]
+    else:
+        v, s, uh = torch.linalg.svd(weight, full_matrices=False)
+        root = torch.sqrt(s[: edit.rank] / edit.scaling)
+        b_OR, a_RI = v[:, : edit.rank] * root, root[:, None] * uh[: edit.rank]
+    left, right = (a_RI.T, b_OR.T) if edit.transposed else (b_OR, a_RI)
+    left, right = left.contiguous(), right.contiguous()
+    return Factors(right, lambda start, stop: left[start:stop])
+
+
+def _largest_row_norm(rows: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows, dim=1).max()) if rows.numel() else 0.0

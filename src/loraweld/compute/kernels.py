@@ -1,0 +1,222 @@
+"""The arithmetic of edits: what each does to a tile of float32 rows.
+
+Shape letters: N = rows of the tensor, n = rows at hand, C = columns, R = rank.
+A kernel belongs to one tensor and serves all threads; a span is what one thread needs for the rows at hand.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from loraweld.adapter.edits import AddVector, Dora, Edit, GrowRows, LowRank, ReplaceRows, Residual
+from loraweld.checkpoint.reader import Reader
+from loraweld.checkpoint.stored import StoredTensor
+from loraweld.compute.factors import Factors, Left, decompose
+from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
+from loraweld.compute.tiles import TileGrid
+
+
+class Span(Protocol):
+    """One edit over a range of rows."""
+
+    error_scale: float
+    """Size of the terms the edit adds up; float32 loses about 2**-23 of it where they cancel."""
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+        """Edit the rows from `top` on, in place; `base_nC` holds them as stored."""
+
+    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
+        """Return what the edit makes of K float64 values of its input at (rows, columns)."""
+
+
+class Kernel(Protocol):
+    """One edit of one tensor."""
+
+    def span(self, start: int, stop: int) -> Span:
+        """Load what rows [start, stop) need."""
+
+
+def make_kernel(edit: Edit, source: StoredTensor, reader: Reader) -> Kernel:
+    """Return the kernel of `edit` on `source`; reads what all rows share, and the whole tensor where it must."""
+    match edit:
+        case LowRank():
+            return LowRankKernel(Factors.stored(edit, reader), edit.scaling)
+        case Dora():
+            return DoraKernel(edit, source, reader)
+        case Residual():
+            return ResidualKernel(edit, source, reader)
+        case AddVector():
+            return AddVectorKernel(edit, reader)
+        case ReplaceRows():
+            return ReplaceRowsKernel(edit, reader)
+        case GrowRows():
+            return GrowRowsKernel(source, reader)
+
+
+class LowRankKernel:
+    """W += scaling · L·R with L (N, R) and R (R, C)."""
+
+    def __init__(self, factors: Factors, scaling: float) -> None:
+        self._factors = factors
+        self._scaling = scaling
+
+    def span(self, start: int, stop: int) -> LowRankSpan:
+        return LowRankSpan(self._factors.left(start, stop), self._factors, self._scaling)
+
+
+class LowRankSpan:
+    def __init__(self, left: Left, factors: Factors, scaling: float) -> None:
+        self._left = left
+        self._right_RC = factors.right_RC
+        self._scaling = scaling
+        self.error_scale = abs(scaling) * left.largest_norm * factors.largest_norm
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+        tile_nC.addmm_(self._left.rows(top, len(tile_nC)), self._right_RC, alpha=self._scaling)
+
+    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
+        left_KR = self._left.pick(rows_K).double()
+        right_KR = self._right_RC[:, cols_K].T.double()
+        return values_K + self._scaling * (left_KR * right_KR).sum(1)
+
+
+class DoraKernel:
+    """W ← m / ‖W₀ + Δ‖ · (W + Δ); the norm runs along rows, or down the columns of a transposed tensor."""
+
+    def __init__(self, edit: Dora, source: StoredTensor, reader: Reader) -> None:
+        self._delta = LowRankKernel(Factors.stored(edit.delta, reader), edit.delta.scaling)
+        self._magnitude = read_vector(reader, edit.magnitude).double()
+        self._column_factor: torch.Tensor | None = None
+        if edit.delta.transposed:
+            self._column_factor = self._magnitude / _column_norms(source, self._delta, reader)
+
+    def span(self, start: int, stop: int) -> DoraSpan:
+        return DoraSpan(self._delta.span(start, stop), self._magnitude, self._column_factor)
+
+
+class DoraSpan:
+    def __init__(self, delta: LowRankSpan, magnitude: torch.Tensor, column_factor: torch.Tensor | None) -> None:
+        self._delta = delta
+        self._magnitude = magnitude
+        self._column_factor = column_factor
+        self._row_factors: dict[int, torch.Tensor] = {}
+        self.error_scale = delta.error_scale
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+        if self._column_factor is not None:
+            self._delta.apply(tile_nC, base_nC, top)
+            tile_nC.mul_(self._column_factor.float())
+            return
+        changed_nC = base_nC.float()
+        self._delta.apply(changed_nC, base_nC, top)
+        norms = torch.linalg.vector_norm(changed_nC, dim=1, dtype=torch.float64)
+        factor = self._magnitude[top : top + len(tile_nC)] / norms
+        self._row_factors = {top: factor}
+        self._delta.apply(tile_nC, base_nC, top)
+        tile_nC.mul_(factor.float()[:, None])
+
+    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
+        if self._column_factor is not None:
+            factor = self._column_factor[cols_K]
+        else:
+            ((top, factors),) = self._row_factors.items()
+            factor = factors[rows_K - top]
+        return self._delta.exact(values_K, rows_K, cols_K) * factor
+
+
+def _column_norms(source: StoredTensor, delta: LowRankKernel, reader: Reader) -> torch.Tensor:
+    """Return ‖W₀ + Δ‖ of each column in float64, (C,): a pass over the whole tensor, tile by tile."""
+    squares = torch.zeros(source.cols, dtype=torch.float64)
+    for top, bottom in TileGrid(source.rows, source.cols).tiles(0, source.rows):
+        tile_nC = read_rows(reader, source, top, bottom)
+        delta.span(top, bottom).apply(tile_nC, tile_nC, top)
+        squares += tile_nC.double().square_().sum(0)
+    return squares.sqrt_()
+
+
+class ResidualKernel:
+    """W ← round(W - scaling · B₀·A₀): undoes what PiSSA and OLoRA moved into the initial factors."""
+
+    def __init__(self, edit: Residual, source: StoredTensor, reader: Reader) -> None:
+        self._low_rank = LowRankKernel(decompose(edit, source, reader), -edit.scaling)
+        self._dtype = torch_dtype(source.dtype)
+
+    def span(self, start: int, stop: int) -> ResidualSpan:
+        return ResidualSpan(self._low_rank.span(start, stop), self._dtype)
+
+
+class ResidualSpan:
+    def __init__(self, low_rank: LowRankSpan, dtype: torch.dtype) -> None:
+        self._low_rank = low_rank
+        self._dtype = dtype
+        self.error_scale = low_rank.error_scale
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+        self._low_rank.apply(tile_nC, base_nC, top)
+        tile_nC.copy_(tile_nC.to(self._dtype))
+
+    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
+        return self._low_rank.exact(values_K, rows_K, cols_K).to(self._dtype).double()
+
+
+class AddVectorKernel:
+    """b += scaling · values, for a vector as a matrix of one column."""
+
+    def __init__(self, edit: AddVector, reader: Reader) -> None:
+        self._values = read_vector(reader, edit.values).double() * edit.scaling
+        self.error_scale = 0.0
+
+    def span(self, start: int, stop: int) -> AddVectorKernel:
+        return self
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+        tile_nC.copy_(tile_nC.double().add_(self._values[top : top + len(tile_nC), None]))
+
+    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
+        return values_K + self._values[rows_K]
+
+
+class ReplaceRowsKernel:
+    """Rows of trained tokens take the trained values."""
+
+    def __init__(self, edit: ReplaceRows, reader: Reader) -> None:
+        self._rows_TC = read_rows(reader, edit.rows, 0, edit.rows.rows)
+        self._indices_T = torch.tensor(edit.indices, dtype=torch.int64)
+        self.error_scale = 0.0
+
+    def span(self, start: int, stop: int) -> ReplaceRowsKernel:
+        return self
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+        here = (self._indices_T >= top) & (self._indices_T < top + len(tile_nC))
+        tile_nC[self._indices_T[here] - top] = self._rows_TC[here]
+
+    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
+        values_K = values_K.clone()
+        for position, row in enumerate(self._indices_T):
+            here = rows_K == row
+            values_K[here] = self._rows_TC[position, cols_K[here]].double()
+        return values_K
+
+
+class GrowRowsKernel:
+    """Rows past the stored ones take the mean of the stored ones."""
+
+    def __init__(self, source: StoredTensor, reader: Reader) -> None:
+        total = torch.zeros(source.cols, dtype=torch.float64)
+        for top, bottom in TileGrid(source.rows, source.cols).tiles(0, source.rows):
+            total += read_rows(reader, source, top, bottom).double().sum(0)
+        self._mean = total / source.rows
+        self._first = source.rows
+        self.error_scale = 0.0
+
+    def span(self, start: int, stop: int) -> GrowRowsKernel:
+        return self
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+        tile_nC[max(0, self._first - top) :] = self._mean.float()
+
+    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
+        return torch.where(rows_K >= self._first, self._mean[cols_K], values_K)

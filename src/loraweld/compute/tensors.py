@@ -1,0 +1,56 @@
+"""Stored tensors → torch tensors, a few rows or columns at a time.
+
+Shape letters: N = rows, C = columns of the matrix view.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loraweld.checkpoint.reader import Reader
+from loraweld.checkpoint.stored import StoredTensor
+from loraweld.dtypes import DTYPES
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """Return the torch dtype of a safetensors code."""
+    dtype = getattr(torch, DTYPES[code].torch_name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def item_size(code: str) -> int:
+    """Return the bytes of one element."""
+    return DTYPES[code].bits // 8
+
+
+def as_tensor(data: bytearray | memoryview, code: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor over the bytes of `data`, without a copy."""
+    count = 1
+    for size in shape:
+        count *= size
+    if count == 0:
+        return torch.empty(shape, dtype=torch_dtype(code))
+    return torch.frombuffer(data, dtype=torch_dtype(code), count=count).view(shape)
+
+
+def read_rows(reader: Reader, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    """Return rows [start, stop) of the matrix view in float32, (stop - start, C)."""
+    width = tensor.cols * item_size(tensor.dtype)
+    data = reader.read(tensor, start * width, (stop - start) * width)
+    return as_tensor(data, tensor.dtype, (stop - start, tensor.cols)).float()
+
+
+def read_columns(reader: Reader, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    """Return columns [start, stop) of the matrix view, transposed and in float32, (stop - start, N)."""
+    size = item_size(tensor.dtype)
+    columns = torch.empty(stop - start, tensor.rows)
+    for row in range(tensor.rows):
+        data = reader.read(tensor, (row * tensor.cols + start) * size, (stop - start) * size)
+        columns[:, row] = as_tensor(data, tensor.dtype, (stop - start,))
+    return columns
+
+
+def read_vector(reader: Reader, tensor: StoredTensor) -> torch.Tensor:
+    """Return all elements in float32, flat."""
+    return read_rows(reader, tensor, 0, tensor.rows).flatten()

@@ -1,0 +1,41 @@
+"""The fixed grid of row tiles in which a tensor is computed.
+
+A tile is always computed as a whole, whatever part of it is wanted: the matrix products then have the same
+shapes for any block size and number of threads, and with them the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# A float32 tile of this size, its factors and its 16-bit form stay in the second-level cache of a core.
+TILE_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class TileGrid:
+    """Tiles of a matrix with `num_rows` rows and `num_cols` columns."""
+
+    num_rows: int
+    num_cols: int
+
+    @property
+    def height(self) -> int:
+        return max(2, TILE_ELEMENTS // max(1, self.num_cols))
+
+    def tiles(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield (first row, row after the last) of each tile that overlaps rows [start, stop)."""
+        first = min(start // self.height, self._count - 1)
+        for index in range(first, self._count):
+            top = index * self.height
+            if top >= stop:
+                return
+            bottom = self.num_rows if index == self._count - 1 else top + self.height
+            yield top, bottom
+
+    @property
+    def _count(self) -> int:
+        """A last tile of one row joins the tile before it: BLAS treats a single row differently."""
+        whole, rest = divmod(self.num_rows, self.height)
+        return max(1, whole + (rest > 1))

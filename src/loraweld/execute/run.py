@@ -1,0 +1,206 @@
+"""Run a plan into a sink: the only place with threads.
+
+Items are done in any order by a few threads, each with one aligned buffer that it fills and writes. After every
+`CHECKPOINT_BYTES` the finished items are made durable and journalled.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from loraweld.checkpoint.reader import Reader
+from loraweld.execute.fill import Filler
+from loraweld.execute.items import Item, work_items
+from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, WeightFile
+from loraweld.sinks.system import aligned_buffer
+
+CHECKPOINT_BYTES = 256 << 20
+Progress = Callable[[int], None]
+
+
+class JournalLike(Protocol):
+    """What a run needs of a journal: the items of an earlier run, and a way to note more."""
+
+    @property
+    def done(self) -> frozenset[str]: ...
+
+    def append(self, keys: Iterable[str]) -> None: ...
+
+
+class Sink(Protocol):
+    """Where output goes: files of known size, written at block-aligned offsets in any order, then published."""
+
+    @property
+    def journal(self) -> JournalLike: ...
+
+    def create(self, name: str, size: int) -> None: ...
+
+    def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None: ...
+
+    def copy(self, name: str, source: Path) -> None: ...
+
+    def write_text(self, name: str, text: str) -> None: ...
+
+    def make_durable(self, names: Iterable[str]) -> None: ...
+
+    def finish(self, name: str, size: int) -> None: ...
+
+    def publish(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """Bytes of weights that this run made, and those it found finished by an earlier one."""
+
+    made_bytes: int
+    resumed_bytes: int
+
+
+def run_plan(plan: MergePlan, sink: Sink, *, record: str | None, progress: Progress) -> RunResult:
+    """Make every file of `plan` in `sink` and publish it; `record` is the text of loraweld.json, if there is one.
+
+    Raises:
+        LoraweldError: a source is damaged, a value does not exist in the output dtype.
+        OSError: the sink cannot be written; what is finished stays journalled.
+    """
+    torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
+    reader = Reader()
+    run = _Run(plan, sink, Filler(reader, num_editors=plan.workers + 1), progress)
+    try:
+        result = run.weights()
+        for small in plan.small:
+            if small.source is not None:
+                sink.copy(small.name, small.source)
+            else:
+                sink.write_text(small.name, small.text or "")
+        if record is not None:
+            sink.write_text(RECORD_NAME, record)
+        sink.publish()
+    finally:
+        reader.close()
+    return result
+
+
+class _Run:
+    def __init__(self, plan: MergePlan, sink: Sink, filler: Filler, progress: Progress) -> None:
+        self._plan = plan
+        self._sink = sink
+        self._filler = filler
+        self._progress = progress
+        self._local = threading.local()
+        self._stop = threading.Event()
+        self._files = _OpenFiles(plan, sink)
+        self._checkpoint = _Checkpoint(sink)
+
+    def weights(self) -> RunResult:
+        done = [item for item in work_items(self._plan) if item.key in self._sink.journal.done]
+        left = [item for item in work_items(self._plan) if item.key not in self._sink.journal.done]
+        resumed = sum(item.end - item.start for item in done)
+        self._progress(resumed)
+        for item in done:
+            self._files.item_done(item)
+        self._work(left)
+        if not done:
+            self._filler.check_any_change()
+        return RunResult(made_bytes=sum(item.end - item.start for item in left), resumed_bytes=resumed)
+
+    def _work(self, items: list[Item]) -> None:
+        with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="loraweld") as pool:
+            futures = [pool.submit(self._one, item) for item in items]
+            try:
+                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                _raise_first(finished)
+            finally:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                self._checkpoint.note_all()
+
+    def _one(self, item: Item) -> None:
+        if self._stop.is_set():
+            return
+        if item.file.same_as is not None:
+            self._sink.copy(item.file.name, item.file.same_as)
+        else:
+            self._files.open(item.file)
+            buffer = self._buffer()
+            self._filler.fill(item, buffer)
+            self._sink.write_at(item.file.name, item.start, buffer, item.end - item.start)
+        self._checkpoint.add(item)
+        self._files.item_done(item, finish=self._checkpoint.note_all)
+        self._progress(item.end - item.start)
+
+    def _buffer(self) -> memoryview:
+        """This thread's buffer, made once: fresh memory costs more than the arithmetic."""
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = memoryview(aligned_buffer(self._plan.item_bytes))
+        buffer: memoryview = self._local.buffer
+        return buffer
+
+
+class _OpenFiles:
+    """Opens an output file at its first item and finishes it after its last."""
+
+    def __init__(self, plan: MergePlan, sink: Sink) -> None:
+        self._sink = sink
+        self._lock = threading.Lock()
+        self._open: set[str] = set()
+        self._left: dict[str, int] = {}
+        for item in work_items(plan):
+            self._left[item.file.name] = self._left.get(item.file.name, 0) + 1
+
+    def open(self, file: WeightFile) -> None:
+        with self._lock:
+            if file.name not in self._open:
+                self._sink.create(file.name, file.num_bytes)
+                self._open.add(file.name)
+
+    def item_done(self, item: Item, finish: Callable[[], None] | None = None) -> None:
+        """Count an item; with the last one of a file, journal what is pending and close the file."""
+        with self._lock:
+            self._left[item.file.name] -= 1
+            last = self._left[item.file.name] == 0
+        if last and item.file.same_as is None:
+            self.open(item.file)
+            if finish:
+                finish()
+            self._sink.finish(item.file.name, item.file.num_bytes)
+
+
+class _Checkpoint:
+    """Collects finished items; notes them in the journal once their bytes are durable."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._lock = threading.Lock()
+        self._noting = threading.Lock()
+        self._pending: list[Item] = []
+        self._bytes = 0
+
+    def add(self, item: Item) -> None:
+        with self._lock:
+            self._pending.append(item)
+            self._bytes += item.end - item.start
+            full = self._bytes >= CHECKPOINT_BYTES
+        if full:
+            self.note_all()
+
+    def note_all(self) -> None:
+        with self._noting:
+            with self._lock:
+                items, self._pending, self._bytes = self._pending, [], 0
+            if items:
+                self._sink.make_durable({item.file.name for item in items if item.file.same_as is None})
+                self._sink.journal.append(item.key for item in items)
+
+
+def _raise_first(finished: Iterable[Future[None]]) -> None:
+    errors = [error for error in (future.exception() for future in finished) if error is not None]
+    if errors:
+        raise errors[0]

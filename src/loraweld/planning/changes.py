@@ -1,0 +1,131 @@
+"""Claims of all adapters → one change per tensor, with tied parameters resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from loraweld.adapter.edits import AddVector, Edit, LowRank, ReplaceRows
+from loraweld.adapter.values import same_values, same_values_transposed
+from loraweld.checkpoint.stored import StoredTensor
+from loraweld.errors import MatchError, listing
+from loraweld.naming.tied import Tie
+from loraweld.planning.claims import Claim
+
+
+@dataclass(slots=True, kw_only=True)
+class Change:
+    """What happens to tensor `name`: a replacement of the whole tensor first, then edits in order.
+
+    `is_copy`: the replacement is PEFT's untrained copy of the layer (of the resized base, perhaps).
+    """
+
+    name: str
+    replacement: StoredTensor | None = None
+    is_copy: bool = False
+    edits: list[Edit] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Changes by tensor name after ties; `untied` are the ties that the result no longer has."""
+
+    changes: dict[str, Change]
+    untied: tuple[Tie, ...]
+
+
+def combine_claims(claims: Iterable[Claim]) -> dict[str, Change]:
+    """Put the claims on each tensor together, in adapter order.
+
+    Raises:
+        MatchError: two adapters replace one tensor differently, or one replaces what another edits.
+    """
+    changes: dict[str, Change] = {}
+    owners: dict[str, str] = {}
+    problems: list[str] = []
+    for claim in sorted(claims, key=lambda claim: claim.replacement is None):
+        change = changes.setdefault(claim.name, Change(name=claim.name))
+        if claim.replacement is None:
+            if change.replacement and not change.is_copy and owners[claim.name] != claim.adapter:
+                problems.append(f"{claim.name}: {owners[claim.name]} replaces it, {claim.adapter} edits it")
+            change.edits += claim.edits
+        elif change.replacement is None:
+            change.replacement, change.is_copy = claim.replacement, claim.is_copy
+            owners[claim.name] = claim.adapter
+        elif not same_values(change.replacement, claim.replacement):
+            problems.append(f"{claim.name}: {owners[claim.name]} and {claim.adapter} replace it differently")
+    if problems:
+        raise MatchError(f"the adapters contradict each other:\n{listing(problems)}\nMerge them one by one")
+    return changes
+
+
+def resolve_ties(changes: dict[str, Change], ties: Sequence[Tie]) -> Resolved:
+    """Decide for each tied pair: one tensor if both sides come out the same, else two.
+
+    Raises:
+        MatchError: an alias changed in two ways, or an output embedding that would keep the old vocabulary.
+    """
+    result = dict(changes)
+    for tie in ties:
+        if tie.alias:
+            _follow_alias(result, tie)
+    untied = [tie for tie in ties if not tie.alias and not _stays_tied(result, tie)]
+    if untied:
+        # An untied head no longer finds its bias through the tie: it gets one of its own.
+        for tie in ties:
+            if tie.alias:
+                source = result.get(tie.source, Change(name=tie.source))
+                result[tie.target] = Change(name=tie.target, replacement=source.replacement, edits=list(source.edits))
+    return Resolved(result, tuple(untied))
+
+
+def _follow_alias(changes: dict[str, Change], tie: Tie) -> None:
+    target = changes.pop(tie.target, None)
+    if target is None:
+        return
+    source = changes.get(tie.source)
+    if source is not None and not _same(target, source):
+        raise MatchError(f"{tie.target!r} and {tie.source!r} are one parameter, the adapter holds two values")
+    changes[tie.source] = Change(name=tie.source, replacement=target.replacement, edits=target.edits)
+
+
+def _stays_tied(changes: dict[str, Change], tie: Tie) -> bool:
+    """Return whether target and source stay one tensor; otherwise see to it that the target has a change."""
+    target, source = changes.get(tie.target), changes.get(tie.source)
+    if target is None and source is None:
+        return True
+    if source is not None and target is None and _only_token_rows(source):
+        return True  # PEFT wraps both sides of a tie with the same trained rows and saves them once
+    if target is not None and source is not None and _same(target, source):
+        del changes[tie.target]
+        return True
+    target = changes.setdefault(tie.target, Change(name=tie.target))
+    if source is not None and source.replacement is not None and target.replacement is None:
+        if source.is_copy:
+            target.replacement, target.is_copy = source.replacement, True
+    return False
+
+
+def _only_token_rows(change: Change) -> bool:
+    return change.replacement is None and all(isinstance(edit, ReplaceRows) for edit in change.edits)
+
+
+def _same(one: Change, other: Change) -> bool:
+    """Return whether two changes of the same tensor give the same values."""
+    replaced = (one.replacement, other.replacement)
+    if replaced != (None, None) and (None in replaced or not same_values(*replaced)):  # type: ignore[arg-type]
+        return False
+    return len(one.edits) == len(other.edits) and all(map(_same_edit, one.edits, other.edits))
+
+
+def _same_edit(one: Edit, other: Edit) -> bool:
+    match one, other:
+        case ReplaceRows(), ReplaceRows():
+            return one.indices == other.indices and same_values(one.rows, other.rows)
+        case AddVector(), AddVector():
+            return one.scaling == other.scaling and same_values(one.values, other.values)
+        case LowRank(), LowRank() if one.scaling == other.scaling:
+            if one.transposed == other.transposed:
+                return same_values(one.a, other.a) and same_values(one.b, other.b)
+            return same_values_transposed(one.a, other.b) and same_values_transposed(one.b, other.a)
+    return False

@@ -1,0 +1,51 @@
+"""`--save-method lora`: the adapter alone, in PEFT's format, without touching a base."""
+
+from __future__ import annotations
+
+from loraweld.adapter.config import CONFIG_NAME
+from loraweld.adapter.files import SAFE_NAME, open_adapter
+from loraweld.errors import RequestError
+from loraweld.planning.companions import override_files
+from loraweld.planning.disk import free_bytes
+from loraweld.planning.memory import LIBRARY_BYTES
+from loraweld.planning.merge_plan import MergePlan, SmallFile
+from loraweld.planning.paths import check_output
+from loraweld.request import MergeRequest
+
+
+def plan_lora(request: MergeRequest) -> MergePlan:
+    """Plan a checked copy of one adapter; a pickled one becomes safetensors.
+
+    Raises:
+        RequestError: several adapters, or an option that only a merge has.
+        AdapterError: the adapter is damaged or of a kind that cannot be merged.
+    """
+    if len(request.adapters) != 1:
+        raise RequestError("save_method lora writes one adapter; merge several with merged_16bit")
+    if request.dtype != "auto" or request.max_shard_bytes is not None:
+        raise RequestError("dtype and max_shard_size have no effect with save_method lora; leave them out")
+    adapter = open_adapter(request.adapters[0])
+    check_output(request, [adapter.folder])
+    files = [
+        SmallFile(name=CONFIG_NAME, source=adapter.config.path),
+        SmallFile(name=SAFE_NAME, source=adapter.safetensors),
+    ]
+    tokenizer = request.tokenizer or adapter.folder
+    files += [SmallFile(name=p.relative_to(tokenizer).as_posix(), source=p) for p in override_files(tokenizer)]
+    return MergePlan(
+        base=adapter.config.base or "",
+        adapters=(adapter.label,),
+        output=request.output,
+        save_method=request.save_method,
+        dtype="auto",
+        weights=(),
+        small=tuple(files),
+        modules=(),
+        notes=(),
+        inputs=(adapter.weights,),
+        scratch=(adapter,),
+        item_bytes=0,
+        workers=1,
+        peak_memory_bytes=LIBRARY_BYTES,
+        free_disk_bytes=free_bytes(request.output),
+    )

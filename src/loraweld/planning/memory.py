@@ -1,0 +1,82 @@
+"""How much memory a merge takes, from the plan alone; the budget decides how large a work item is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from loraweld.adapter.edits import Dora, Edit, LowRank, Residual
+from loraweld.errors import RequestError
+from loraweld.planning.merge_plan import Recipe
+from loraweld.request import MergeRequest
+
+ITEM_BYTES = 1 << 24
+MIN_ITEM_BYTES = 1 << 20
+# Python, torch and its thread pools, measured with torch 2.13 (CPU build): not part of the budget.
+LIBRARY_BYTES = 260 << 20
+# Rows are edited in steps of about this many elements (see compute/tiles.py).
+TILE_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Size of a work item, items in flight, and the expected peak of the whole process."""
+
+    item_bytes: int
+    workers: int
+    peak_bytes: int
+
+
+def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
+    """Choose item size and workers within the budget.
+
+    Raises:
+        RequestError: the budget cannot hold the smallest unit of work; names the tensor that needs more.
+    """
+    matrix, matrix_name = _largest_matrix(recipes)
+    factors = max((_factor_bytes(recipe) for recipe in recipes), default=0)
+    tile = max((_tile_bytes(recipe) for recipe in recipes if not recipe.keeps_bytes), default=0)
+    workers = request.workers
+    while workers > 1 and matrix + workers * (MIN_ITEM_BYTES + factors + tile) > request.max_memory_bytes:
+        workers -= 1
+    left = request.max_memory_bytes - matrix - workers * (factors + tile)
+    if left < MIN_ITEM_BYTES:
+        needed = matrix + factors + tile + MIN_ITEM_BYTES
+        raise RequestError(
+            f"max_memory is {request.max_memory_bytes} bytes, but tensor {matrix_name!r} needs {needed} at a time; "
+            f"give --max-memory {needed // 10**6 + 1}MB"
+        )
+    item = min(ITEM_BYTES, left // workers) & ~(MIN_ITEM_BYTES - 1)
+    return MemoryPlan(
+        item_bytes=item,
+        workers=workers,
+        peak_bytes=LIBRARY_BYTES + matrix + workers * (item + factors + tile),
+    )
+
+
+def _largest_matrix(recipes: Iterable[Recipe]) -> tuple[int, str]:
+    """Bytes of the largest tensor that must be held whole: its float32 form and its decomposition."""
+    needs = [
+        (4 * 4 * recipe.source.rows * recipe.source.cols, recipe.name)
+        for recipe in recipes
+        if any(isinstance(edit, Residual) for edit in recipe.edits)
+    ]
+    return max(needs, default=(0, max((r.name for r in recipes), key=len, default="")))
+
+
+def _factor_bytes(recipe: Recipe) -> int:
+    """Float32 factors of a recipe: the side along the columns whole, the other for one item's rows."""
+    return sum(_side_bytes(edit, recipe) for edit in recipe.edits)
+
+
+def _side_bytes(edit: Edit, recipe: Recipe) -> int:
+    if not isinstance(edit, LowRank | Dora | Residual):
+        return 0
+    cols = recipe.source.cols
+    rows = min(recipe.rows, ITEM_BYTES // (2 * max(1, cols)) + 2)
+    return 4 * edit.rank * (cols + rows)
+
+
+def _tile_bytes(recipe: Recipe) -> int:
+    """Scratch of one step: float32 values, a second copy, and flags."""
+    return 12 * max(TILE_ELEMENTS, 2 * recipe.source.cols)

@@ -1,0 +1,208 @@
+"""The plan of a merge: values only, known in full before the first weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loraweld.adapter.edits import Edit, LowRank
+from loraweld.checkpoint.stored import StoredTensor
+from loraweld.dtypes import num_bytes
+
+RECORD_NAME = "loraweld.json"
+
+
+def _key(tensor: StoredTensor) -> tuple[object, ...]:
+    return tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.path.name
+
+
+def _edit_key(edit: Edit) -> tuple[object, ...]:
+    values = (getattr(edit, item.name) for item in fields(edit))
+    return edit.kind, *(
+        _key(value) if isinstance(value, StoredTensor) else _edit_key(value) if isinstance(value, LowRank) else value
+        for value in values
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one output tensor is made: the values of `source`, `edits` in order, stored as `dtype`.
+
+    `kind` is "copy" (the source's bytes), "convert" (another dtype), "edit", "replace" (the source is the
+    adapter's tensor) or "new" (the base does not store it).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: StoredTensor
+    edits: tuple[Edit, ...]
+    kind: str
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def num_bytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return num_bytes(self.dtype, count)
+
+    @property
+    def edits_key(self) -> tuple[object, ...]:
+        """The edits as values that do not depend on where the adapter lies."""
+        return tuple(_edit_key(edit) for edit in self.edits)
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """True if the output holds the source's bytes as they are."""
+        return not self.edits and self.dtype == self.source.dtype and self.shape == self.source.shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedRecipe:
+    """A recipe and the absolute offset of its first byte in the output file."""
+
+    recipe: Recipe
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.recipe.num_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFile:
+    """One output file of weights; `same_as` is the base's file if this one is byte for byte the same."""
+
+    name: str
+    header: bytes
+    placed: tuple[PlacedRecipe, ...]
+    same_as: Path | None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.placed[-1].end if self.placed else len(self.header)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallFile:
+    """A file beside the weights: a copy of `source`, or `text` written new."""
+
+    name: str
+    source: Path | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleLine:
+    """What one adapter does to one tensor, for the report."""
+
+    adapter: str
+    module: str
+    tensor: str
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """Everything a merge does: output files and their recipes, in order.
+
+    `inputs` are the weight files that are read; a resumed run checks that they are still the same. `scratch`
+    keeps alive what recipes read from beside them (an unpickled adapter), and nothing else.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+    output: Path
+    save_method: str
+    dtype: str
+    weights: tuple[WeightFile, ...]
+    small: tuple[SmallFile, ...]
+    modules: tuple[ModuleLine, ...]
+    notes: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    scratch: tuple[object, ...] = field(repr=False, compare=False)
+    item_bytes: int
+    workers: int
+    peak_memory_bytes: int
+    free_disk_bytes: int
+
+    @property
+    def recipes(self) -> Iterator[Recipe]:
+        return (placed.recipe for file in self.weights for placed in file.placed)
+
+    @cached_property
+    def bytes_written(self) -> int:
+        """Bytes of the finished output, small files included."""
+        small = sum(
+            len((file.text or "").encode()) if file.source is None else file.source.stat().st_size
+            for file in self.small
+        )
+        return small + sum(file.num_bytes for file in self.weights)
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes of sources and edits, each counted once."""
+        refs = {
+            (ref.path, ref.offset): ref.num_bytes
+            for recipe in self.recipes
+            for edit in recipe.edits
+            for ref in edit.refs
+        }
+        return sum(recipe.source.num_bytes for recipe in self.recipes) + sum(refs.values())
+
+    @cached_property
+    def recipes_by_kind(self) -> Mapping[str, int]:
+        counts: dict[str, int] = {}
+        for recipe in self.recipes:
+            counts[recipe.kind] = counts.get(recipe.kind, 0) + 1
+        return counts
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what the output follows from: names, shapes, options; not the contents of the inputs.
+
+        It is the same wherever the inputs lie: folders play no part in it.
+        """
+        digest = hashlib.sha256()
+        for file in self.weights:
+            digest.update(f"{file.name}\0".encode() + file.header)
+            for placed in file.placed:
+                recipe = placed.recipe
+                digest.update(repr((_key(recipe.source), recipe.edits_key)).encode())
+        for small in self.small:
+            digest.update(repr((small.name, small.text)).encode())
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values: `loraweld plan --json`."""
+        return {
+            "base": self.base,
+            "adapters": list(self.adapters),
+            "output": str(self.output),
+            "save_method": self.save_method,
+            "dtype": self.dtype,
+            "files": [{"name": f.name, "bytes": f.num_bytes} for f in self.weights]
+            + [{"name": f.name, "from": str(f.source) if f.source else "written"} for f in self.small],
+            "recipes": dict(self.recipes_by_kind),
+            "modules": [
+                {"adapter": m.adapter, "module": m.module, "tensor": m.tensor, "what": m.what} for m in self.modules
+            ],
+            "notes": list(self.notes),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "free_disk_bytes": self.free_disk_bytes,
+            "fingerprint": self.fingerprint,
+        }
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_json(), indent=2)

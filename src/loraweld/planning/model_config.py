@@ -1,0 +1,83 @@
+"""What config.json must say after the merge; the file is copied byte for byte where nothing changes."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraweld.dtypes import FLOAT_CODE_BY_NAME
+from loraweld.naming.tied import flag_is_free
+
+_HEAD_BY_TASK = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_HEAD_SUFFIX = re.compile(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
+_NAME_BY_CODE = {code: name for name, code in FLOAT_CODE_BY_NAME.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigEdits:
+    """The facts of the output that its config must agree with; None where the merge changes nothing."""
+
+    dtype: str | None = None
+    vocab_size: int | None = None
+    untie: bool = False
+    task: str | None = None
+    num_labels: int | None = None
+
+
+def edited_config(config: Mapping[str, Any], edits: ConfigEdits) -> dict[str, Any]:
+    """Return a copy of `config` that agrees with `edits`."""
+    result = copy.deepcopy(dict(config))
+    if edits.dtype is not None:
+        _set_dtype(result, edits.dtype)
+    if edits.vocab_size is not None:
+        for level in _text_levels(result):
+            level["vocab_size"] = edits.vocab_size
+    if edits.untie and flag_is_free(config):
+        for level in _text_levels(result):
+            level["tie_word_embeddings"] = False
+    if edits.task is not None:
+        _set_task(result, edits.task, edits.num_labels)
+    return result
+
+
+def task_head(task_type: str) -> str | None:
+    """Return the suffix of the class that a task type of PEFT trains, None for plain language models."""
+    return _HEAD_BY_TASK.get(task_type)
+
+
+def _text_levels(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The top level, and the text model's own level in a model with several parts.
+
+    A key that belongs to the text model alone is not added at the top of such a config.
+    """
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        yield text
+        if "vocab_size" in config or "tie_word_embeddings" in config:
+            yield config
+    else:
+        yield config
+
+
+def _set_dtype(level: dict[str, Any], code: str) -> None:
+    for key, value in level.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            level[key] = _NAME_BY_CODE[code]
+        elif isinstance(value, dict):
+            _set_dtype(value, code)
+
+
+def _set_task(config: dict[str, Any], task: str, num_labels: int | None) -> None:
+    names = config.get("architectures")
+    if isinstance(names, list) and names:
+        config["architectures"] = [_HEAD_SUFFIX.sub("", str(names[0])) + task]
+    if num_labels is not None and len(config.get("id2label") or {}) != num_labels:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(num_labels)}

@@ -1,0 +1,31 @@
+"""The output place against the inputs: what would overwrite what it reads is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from loraweld.errors import OutputError, RequestError
+from loraweld.request import MergeRequest
+
+
+def check_output(request: MergeRequest, inputs: Iterable[Path]) -> None:
+    """Check that the output is a place of its own.
+
+    Raises:
+        RequestError: it is, holds, or lies in an input, by any path or link.
+        OutputError: it is a file.
+    """
+    output = request.output.resolve()
+    for folder in [*inputs, *([request.tokenizer] if request.tokenizer else [])]:
+        source = folder.resolve()
+        if output == source or (output.exists() and output.samefile(source)):
+            raise RequestError(f"output {request.output} is the input {folder}; choose another folder")
+        if source.is_relative_to(output):
+            raise RequestError(f"output {request.output} holds the input {folder}; choose another folder")
+        if output.is_relative_to(source):
+            raise RequestError(f"output {request.output} lies inside the input {folder}; choose another folder")
+    if request.output.exists() and not request.output.is_dir():
+        raise OutputError("is a file; the output is a folder", path=request.output)
+    if request.tokenizer and not request.tokenizer.is_dir():
+        raise RequestError(f"tokenizer {request.tokenizer} is not a folder")

@@ -1,0 +1,80 @@
+"""Changes + base → one recipe per output tensor, with its dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loraweld.adapter.edits import GrowRows
+from loraweld.checkpoint.base import Base
+from loraweld.checkpoint.stored import StoredTensor
+from loraweld.dtypes import FLOAT_CODE_BY_NAME
+from loraweld.errors import CheckpointError
+from loraweld.naming.tied import Tie
+from loraweld.planning.changes import Change
+from loraweld.planning.merge_plan import Recipe
+
+# Heads of language models: a model that gets the head of another task has no place for them.
+_TEXT_HEADS = ("lm_head.", "embed_out.", "cls.", "proj_out.")
+
+
+def output_dtype(base: Base, requested: str) -> str:
+    """Return the code in which the base's main weights are written: its own 16-bit type, else bfloat16."""
+    if requested != "auto":
+        return FLOAT_CODE_BY_NAME[requested]
+    return base.main_dtype if base.main_dtype in ("BF16", "F16") else "BF16"
+
+
+def make_recipes(
+    base: Base, changes: Mapping[str, Change], ties: Mapping[str, Tie], dtype: str, *, drops_text_head: bool
+) -> list[Recipe]:
+    """Return the recipes of all output tensors: the base's in their order, then the new ones.
+
+    `dtype` is for weights in the base's main dtype; the few kept in another one keep it.
+    """
+    main = base.main_dtype
+    recipes = []
+    for name, stored in base.tensors.items():
+        if drops_text_head and name.startswith(_TEXT_HEADS) and name not in changes:
+            continue
+        code = dtype if stored.dtype == main else stored.dtype
+        recipes.append(_recipe(name, stored, changes.get(name), code))
+    for name, change in changes.items():
+        if name not in base.tensors:
+            source = base.tensors[ties[name].source] if name in ties else None
+            code = dtype if source is None or source.dtype == main else source.dtype
+            recipes.append(_new_recipe(name, source, change, code))
+    return recipes
+
+
+def _recipe(name: str, stored: StoredTensor, change: Change | None, dtype: str) -> Recipe:
+    if change is None:
+        kind = "copy" if stored.dtype == dtype else "convert"
+        return Recipe(name=name, dtype=dtype, shape=stored.shape, source=stored, edits=(), kind=kind)
+    source = change.replacement or stored
+    return Recipe(
+        name=name,
+        dtype=dtype,
+        shape=_shape(source, change),
+        source=source,
+        edits=tuple(change.edits),
+        kind="edit" if change.edits else "replace",
+    )
+
+
+def _new_recipe(name: str, source: StoredTensor | None, change: Change, dtype: str) -> Recipe:
+    source = change.replacement or source
+    if source is None:
+        raise CheckpointError(f"tensor {name!r} is new, but the adapter does not hold its values")
+    return Recipe(
+        name=name,
+        dtype=dtype,
+        shape=_shape(source, change),
+        source=source,
+        edits=tuple(change.edits),
+        kind="new",
+    )
+
+
+def _shape(source: StoredTensor, change: Change) -> tuple[int, ...]:
+    rows = [edit.num_rows for edit in change.edits if isinstance(edit, GrowRows)]
+    return (rows[0], *source.shape[1:]) if rows else source.shape

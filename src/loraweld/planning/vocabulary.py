@@ -1,0 +1,89 @@
+"""Embedding rows after the merge: one number for the embedding, the head and the config, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loraweld.adapter.edits import GrowRows
+from loraweld.checkpoint.base import Base
+from loraweld.errors import MatchError
+from loraweld.planning.changes import Change
+
+_EMBEDDING_ENDS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "shared.weight",
+    "embed_in.weight",
+)
+_HEAD_ENDS = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "cls.predictions.decoder.weight")
+_HEAD_BIASES = ("lm_head.bias", "cls.predictions.bias", "cls.predictions.decoder.bias")
+
+
+def grow_to_tokenizer(base: Base, changes: dict[str, Change], needed: int | None) -> str | None:
+    """Add rows to embedding and head where the tokenizer needs more than they will have; return a note.
+
+    Raises:
+        MatchError: rows are missing where they cannot be added (a trained embedding, a head with a bias).
+    """
+    short = [name for name in _vocabulary_tensors(base, changes) if _rows(base, changes, name) < (needed or 0)]
+    if not short or needed is None:
+        return None
+    for name in short:
+        change = changes.setdefault(name, Change(name=name))
+        if change.replacement is not None or any(name.endswith(end) for end in _HEAD_BIASES):
+            raise MatchError(
+                f"the tokenizer has {needed} tokens but {name!r} has {_rows(base, changes, name)} rows and cannot "
+                "be grown; save the adapter with its resized embeddings, or give the base's --tokenizer"
+            )
+        change.edits.insert(0, GrowRows(num_rows=needed))
+    return (
+        f"the tokenizer has {needed} tokens: {', '.join(short)} grew from {base.tensors[short[0]].rows} rows, "
+        "untrained rows hold the mean of the others"
+    )
+
+
+def new_vocab_size(base: Base, changes: Mapping[str, Change]) -> int | None:
+    """Return the number of embedding rows if the merge changes it.
+
+    Raises:
+        MatchError: embedding and head would differ, or rows would be lost.
+    """
+    rows = {name: _rows(base, changes, name) for name in _vocabulary_tensors(base, changes)}
+    changed = {name: count for name, count in rows.items() if _was(base, name) not in (None, count)}
+    if not changed:
+        return None
+    if len(set(rows.values())) > 1:
+        found = ", ".join(f"{name} {count}" for name, count in sorted(rows.items()))
+        raise MatchError(
+            f"embedding and head would have different numbers of rows ({found}); train and save both, "
+            "with modules_to_save or resize_token_embeddings"
+        )
+    return next(iter(changed.values()))
+
+
+def _vocabulary_tensors(base: Base, changes: Mapping[str, Change]) -> list[str]:
+    names = {*base.tensors, *changes}
+    ends = (*_EMBEDDING_ENDS, *_HEAD_ENDS, *_HEAD_BIASES)
+    found = [name for name in names if f".{name}".endswith(tuple(f".{end}" for end in ends))]
+    sizes = {_was(base, name) for name in found if name.endswith(_EMBEDDING_ENDS)}
+    # An embedding of another part of the model (a vision codebook, say) is not the vocabulary.
+    main = max((size for size in sizes if size), default=None)
+    return sorted(name for name in found if _was(base, name) in (None, main))
+
+
+def _was(base: Base, name: str) -> int | None:
+    return base.tensors[name].rows if name in base.tensors else None
+
+
+def _rows(base: Base, changes: Mapping[str, Change], name: str) -> int:
+    change = changes.get(name)
+    if change is not None:
+        grown = [edit.num_rows for edit in change.edits if isinstance(edit, GrowRows)]
+        if grown:
+            return grown[0]
+        if change.replacement is not None:
+            return change.replacement.rows
+    was = _was(base, name)
+    # A new tied head without a replacement starts from the embedding as the base has it.
+    return was if was is not None else max(base.tensors[n].rows for n in base.tensors if n.endswith(_EMBEDDING_ENDS))

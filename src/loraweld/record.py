@@ -1,0 +1,63 @@
+"""loraweld.json: what an output was merged from, without clocks, paths or machine names.
+
+Two merges of the same inputs give the same record, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loraweld._version import __version__
+from loraweld.checkpoint.base import Base
+from loraweld.checkpoint.jsonfile import dump_json
+from loraweld.planning.build import Facts
+from loraweld.planning.merge_plan import MergePlan
+
+_PIECE_BYTES = 1 << 20
+
+
+def record_text(plan: MergePlan, facts: Facts) -> str:
+    """Return the text of the record; reads the adapters once to hash them."""
+    return dump_json(
+        {
+            "loraweld_version": __version__,
+            "save_method": plan.save_method,
+            "dtype": plan.dtype,
+            "fingerprint": plan.fingerprint,
+            "base": _base(facts.base),
+            "adapters": [
+                {
+                    "name": adapter.label,
+                    "sha256": file_sha256(adapter.weights),
+                    "config_sha256": file_sha256(adapter.config.path),
+                }
+                for adapter in facts.adapters
+            ],
+            "recipes": dict(plan.recipes_by_kind),
+            "modules": [
+                {"adapter": m.adapter, "module": m.module, "tensor": m.tensor, "what": m.what} for m in plan.modules
+            ],
+            "notes": list(plan.notes),
+        }
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's contents."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _base(base: Base) -> Mapping[str, Any]:
+    """Name, commit and header hashes; a local folder counts by its last part."""
+    return {
+        "name": base.label if base.commit else Path(base.label).name,
+        "commit": base.commit,
+        "headers_sha256": {file.path.name: hashlib.sha256(file.header.raw).hexdigest() for file in base.files},
+    }

@@ -1,0 +1,125 @@
+"""What a merge did: a value for programs, a few lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraweld.planning.merge_plan import MergePlan, ModuleLine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeReport:
+    """The outcome of `loraweld.merge`. Sizes in bytes, time in seconds.
+
+    `resumed_bytes` were finished by an earlier run of the same command; `was_there` says that the output
+    already held exactly this result and was compared, not written.
+    """
+
+    output: Path
+    base: str
+    adapters: tuple[str, ...]
+    save_method: str
+    dtype: str
+    files: tuple[str, ...]
+    recipes: dict[str, int]
+    modules: tuple[ModuleLine, ...]
+    notes: tuple[str, ...]
+    bytes_written: int
+    resumed_bytes: int
+    was_there: bool
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON values: `loraweld merge --json`."""
+        return {
+            "output": str(self.output),
+            "base": self.base,
+            "adapters": list(self.adapters),
+            "save_method": self.save_method,
+            "dtype": self.dtype,
+            "files": list(self.files),
+            "recipes": dict(self.recipes),
+            "modules": [
+                {"adapter": m.adapter, "module": m.module, "tensor": m.tensor, "what": m.what} for m in self.modules
+            ],
+            "notes": list(self.notes),
+            "bytes_written": self.bytes_written,
+            "resumed_bytes": self.resumed_bytes,
+            "was_there": self.was_there,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def lines(self) -> list[str]:
+        """Return the report for a person."""
+        if self.was_there:
+            return [f"{self.output} already holds exactly this merge (compared byte by byte)"]
+        rate = self.bytes_written / max(self.seconds, 1e-9)
+        return [
+            f"{self.output}: {human_bytes(self.bytes_written)} in {self.seconds:.1f} s ({human_bytes(int(rate))}/s)",
+            f"base {self.base}, adapter {', '.join(self.adapters)}, {self.dtype}",
+            f"tensors: {counts(self.recipes)}",
+            *_module_lines(self.modules),
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+
+def counts(recipes: dict[str, int]) -> str:
+    """Return "3 edit, 5 copy", most frequent first."""
+    ordered = sorted(recipes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count} {kind}" for kind, count in ordered)
+
+
+def human_bytes(count: int) -> str:
+    """Return a size as people read it, in decimal units."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def _module_lines(modules: Sequence[ModuleLine]) -> list[str]:
+    """One line per adapter and method: which kinds of modules, how many."""
+    kinds: dict[tuple[str, str], dict[str, int]] = {}
+    for line in modules:
+        by_name = kinds.setdefault((line.adapter, line.what), {})
+        name = line.module.rpartition(".")[2] or line.tensor
+        by_name[name] = by_name.get(name, 0) + 1
+    return [
+        f"{adapter}: {what}: " + ", ".join(f"{name} ×{count}" for name, count in by_name.items())
+        for (adapter, what), by_name in kinds.items()
+    ]
+
+
+def plan_lines(made: MergePlan) -> list[str]:
+    """Return a plan for a person."""
+    return [
+        f"base {made.base}, adapter {', '.join(made.adapters)} → {made.output} ({made.save_method}, {made.dtype})",
+        *(f"  {file.name}  {human_bytes(file.num_bytes)}" for file in made.weights),
+        *(f"  {file.name}" for file in made.small),
+        f"tensors: {counts(dict(made.recipes_by_kind))}",
+        *_module_lines(made.modules),
+        f"reads {human_bytes(made.bytes_read)}, writes {human_bytes(made.bytes_written)}, "
+        f"{human_bytes(made.free_disk_bytes)} free",
+        f"peak memory about {human_bytes(made.peak_memory_bytes)} with {made.workers} workers",
+        *(f"note: {note}" for note in made.notes),
+    ]
+
+
+def inspect_lines(found: dict[str, Any]) -> list[str]:
+    """Return what `inspect` found for a person, one fact per line."""
+    return [
+        f"{key}: {_fact(value)}" for key, value in found.items() if value not in (None, [], {}) and key != "merged_from"
+    ]
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_fact(item) if isinstance(item, dict) else str(item) for item in value)
+    return str(value)

@@ -1,0 +1,157 @@
+"""A local folder as the output: staged in a hidden sibling, journalled, published by one rename.
+
+    parent/.NAME.loraweld/lock       held while a merge runs
+    parent/.NAME.loraweld/journal    what is finished and durable (see `journal`)
+    parent/.NAME.loraweld/model/     the output while it grows
+    parent/NAME                      appears, complete, by renaming model/
+
+A reader of parent/NAME sees a complete model or what was there before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loraweld.errors import OutputError
+from loraweld.sinks import system
+from loraweld.sinks.journal import Journal
+
+
+class FolderSink:
+    """Create files, write at offsets, finish files, publish. Used inside `open_folder_sink`."""
+
+    def __init__(self, target: Path, staging: Path, journal: Journal) -> None:
+        self.journal = journal
+        self._target = target.absolute()
+        self._staging = staging
+        self._model = staging / "model"
+        self._descriptors: dict[str, int] = {}
+
+    def create(self, name: str, size: int) -> None:
+        """Open output file `name` with `size` bytes reserved; what an earlier run wrote stays.
+
+        Raises:
+            OSError: among others ENOSPC.
+        """
+        path = self._model / name
+        self._descriptors[name] = system.open_for_writing(path, size)
+
+    def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None:
+        """Write the first `count` bytes of an aligned buffer at a block-aligned offset."""
+        system.write_at(self._descriptors[name], buffer, offset, count)
+
+    def copy(self, name: str, source: Path) -> None:
+        """Make `name` a durable copy of `source`."""
+        path = self._model / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        system.copy_file(source, path)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file durably."""
+        path = self._model / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def make_durable(self, names: Iterable[str]) -> None:
+        """Return when all writes to these files would survive a power loss."""
+        for name in names:
+            system.make_durable(self._descriptors[name])
+
+    def finish(self, name: str, size: int) -> None:
+        """Close `name` at its final size, durably."""
+        descriptor = self._descriptors.pop(name)
+        try:
+            system.finish(descriptor, size)
+        finally:
+            os.close(descriptor)
+
+    @property
+    def is_published(self) -> bool:
+        """True if an earlier run of this merge was killed after its output had appeared."""
+        if not self._target.exists():
+            return False
+        return _publish_key(self._target) in self.journal.done
+
+    def publish(self) -> None:
+        """Make the complete model appear under its name; replaces an old one in one step."""
+        for folder in [self._model, *(path for path in self._model.rglob("*") if path.is_dir())]:
+            system.sync_folder(folder)
+        self.journal.append([_publish_key(self._model)])
+        if self._target.exists() and any(self._target.iterdir()):
+            self._replace_old()
+        else:
+            self._model.replace(self._target)
+        system.sync_folder(self._target.absolute().parent)
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        """Remove the staging folder: after publishing, or when there is nothing to continue."""
+        shutil.rmtree(self._staging)
+
+    def close(self) -> None:
+        """Close what is still open; what was journalled stays for the next run."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        self.journal.close()
+
+    def _replace_old(self) -> None:
+        if system.exchange(self._model, self._target):
+            return
+        old = self._staging / "old"
+        self._target.replace(old)
+        self._model.replace(self._target)
+
+
+def staging_folder(target: Path) -> Path:
+    """Return the hidden sibling in which the output of `target` grows."""
+    target = target.absolute()
+    return target.parent / f".{target.name}.loraweld"
+
+
+@contextmanager
+def open_folder_sink(target: Path, *, identity: str, resume: bool) -> Iterator[FolderSink]:
+    """Lock the output place and yield its sink; `identity` says which merge the staged files belong to.
+
+    Raises:
+        OutputError: another merge into the same place is running, or the place cannot be written.
+    """
+    staging = staging_folder(target)
+    try:
+        (staging / "model").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be created: {error.strerror}", path=staging) from None
+    with system.exclusive_lock(staging / "lock") as locked:
+        if not locked:
+            raise OutputError(
+                "another merge into this place is running; wait for it or choose another output", path=target
+            )
+        _restore_interrupted_replace(target, staging)
+        journal = Journal.open(staging / "journal", identity, fresh=not resume)
+        if journal.is_new:
+            shutil.rmtree(staging / "model", ignore_errors=True)
+            (staging / "model").mkdir()
+        sink = FolderSink(target, staging, journal)
+        try:
+            yield sink
+        finally:
+            sink.close()
+
+
+def _publish_key(folder: Path) -> str:
+    """The folder's inode tells the new model from the old one, whatever names they have at the moment."""
+    return f"published {folder.stat().st_ino}"
+
+
+def _restore_interrupted_replace(target: Path, staging: Path) -> None:
+    """A kill between the two renames of a replacement without exchange: the old model goes back first."""
+    old = staging / "old"
+    if old.exists() and not target.exists():
+        old.replace(target)
