@@ -155,27 +155,22 @@ def with_patterns(model: TinyModel) -> tuple[LoraConfig, ...]:
     return on_linears(**patterns)(model)
 
 
-def with_tokens(*where: str, tied_only: bool = False, **options: Any) -> Configs:
+def with_tokens(*where: str) -> Configs:
     """Return configs that train single rows; one set of ids per named part of the model, or a plain list."""
 
     def configs(model: TinyModel) -> tuple[LoraConfig, ...]:
-        if model.embedding is None or (tied_only and not model.tied):
+        if model.embedding is None:
             return ()
-        names = [(part == "embedding" and model.token_embedding) or getattr(model, part) for part in where]
+        names = [getattr(model, part) for part in where]
         by_name = {name: [token + i for token in TRAINED_TOKENS] for i, name in enumerate(names)}
         tokens = by_name or list(TRAINED_TOKENS)
-        return (config(target_modules=[model.linears[0]], trainable_token_indices=tokens, **options),)
+        return (config(target_modules=[model.linears[0]], trainable_token_indices=tokens),)
 
     return configs
 
 
-def with_new_tokens(**options: Any) -> Configs:
-    base = on_linears(**options)
-    return lambda model: base(model) if model.embedding else ()
-
-
-def with_new_saved_tables(model: TinyModel) -> tuple[LoraConfig, ...]:
-    return saving("embedding", "head")(model)
+def with_new_tokens(model: TinyModel) -> tuple[LoraConfig, ...]:
+    return on_linears()(model) if model.embedding else ()
 
 
 def with_new_trained_rows(model: TinyModel) -> tuple[LoraConfig, ...]:
@@ -232,12 +227,8 @@ CASES: tuple[AdapterCase, ...] = (
     AdapterCase(name="embedding", configs=on_embedding()),
     AdapterCase(name="embedding-dora", configs=on_embedding(use_dora=True)),
     AdapterCase(name="head", configs=lambda model: (config(target_modules=[model.head]),)),
-    AdapterCase(
-        name="head-dora", configs=lambda model: (config(target_modules=[model.head], use_dora=True),)
-    ),
-    AdapterCase(
-        name="linears-and-head", configs=lambda model: (config(target_modules=[*model.linears, model.head]),)
-    ),
+    AdapterCase(name="head-dora", configs=lambda model: (config(target_modules=[model.head], use_dora=True),)),
+    AdapterCase(name="linears-and-head", configs=lambda model: (config(target_modules=[*model.linears, model.head]),)),
     AdapterCase(name="embedding-and-head", configs=on_embedding_and_head()),
     AdapterCase(
         name="embedding-and-head-tied",
@@ -253,7 +244,7 @@ CASES: tuple[AdapterCase, ...] = (
     ),
     AdapterCase(name="save-norm", configs=saving("norm")),
     AdapterCase(name="tokens", configs=with_tokens()),
-    AdapterCase(name="tokens-by-name", configs=with_tokens("embedding")),
+    AdapterCase(name="tokens-by-name", configs=with_tokens("input_table")),
     AdapterCase(name="tokens-untied", configs=with_tokens("embedding", "head")),
     AdapterCase(name="classifier", configs=for_classifier, trained_on="classifier"),
     AdapterCase(name="backbone", configs=for_backbone, trained_on="backbone"),
@@ -277,8 +268,8 @@ CASES: tuple[AdapterCase, ...] = (
         configs=for_name("llama", two({"use_dora": True}, {"use_dora": True})),
         adapter_names=("a", "b"),
     ),
-    AdapterCase(name="new-tokens", configs=with_new_tokens(), new_tokens=4),
-    AdapterCase(name="new-tokens-saved", configs=with_new_saved_tables, new_tokens=4),
+    AdapterCase(name="new-tokens", configs=with_new_tokens, new_tokens=4),
+    AdapterCase(name="new-tokens-saved", configs=saving("embedding", "head"), new_tokens=4),
     AdapterCase(name="new-tokens-trained", configs=with_new_trained_rows, new_tokens=4),
 )
 

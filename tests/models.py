@@ -31,13 +31,17 @@ class TinyModel:
     biased: tuple[str, ...] = ()  # linear layers that have a bias
     convs: tuple[str, ...] = ()
     embedding: str | None = None
-    token_embedding: str | None = None  # where it is not `embedding`: the module that PEFT trains tokens in
     head: str
     norm: str
     tied: bool = False
     classifier: bool = False  # AutoModelForSequenceClassification knows it
     disk_key: Callable[[str], str] | None = None  # for files as older tools wrote them
     only: frozenset[str] = frozenset()  # cases that a variant is for; empty: all
+
+    @property
+    def input_table(self) -> str | None:
+        """The module that `get_input_embeddings` returns; that of T5 is one its encoder and decoder only share."""
+        return "shared" if self.name == "t5" else self.embedding
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the model, the same weights at every call, to `folder`."""
@@ -54,14 +58,24 @@ def randomise_(model: nn.Module) -> None:
     """Fill all weights so that logits are of order one and no bias is 0, no norm weight 1."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            noise = torch.randn_like(parameter)
             if parameter.ndim < 2:
-                parameter.data.add_(0.2 * noise)
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
             elif isinstance(module, nn.Embedding):
-                parameter.data.copy_(0.3 * noise)
+                parameter.data.copy_(0.3 * torch.randn_like(parameter))
             else:
                 fan_in = parameter.shape[0] if type(module).__name__ == "Conv1D" else parameter[0].numel()
-                parameter.data.copy_(0.7 * noise / fan_in**0.5)
+                parameter.data.copy_(0.7 * matrix(parameter.shape) / fan_in**0.5)
+
+
+def matrix(shape: torch.Size) -> Tensor:
+    """Return noise of variance one in which four directions stand out.
+
+    PiSSA splits a weight at its singular values; where they are close, as in plain noise, the split depends
+    on the number of threads.
+    """
+    rows, columns = shape[0], shape[1:].numel()
+    noise = torch.randn(rows, columns) + torch.randn(rows, 4) @ torch.randn(4, columns)
+    return (noise / 5**0.5).reshape(shape)
 
 
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -219,7 +233,6 @@ MODELS: tuple[TinyModel, ...] = (
         inputs=seq2seq_inputs,
         linears=("q", "k", "v", "o", "wi", "wo"),
         embedding="embed_tokens",
-        token_embedding="shared",
         head="lm_head",
         norm="final_layer_norm",
         tied=True,

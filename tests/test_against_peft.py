@@ -74,9 +74,7 @@ def test_logits_equal_those_of_the_unmerged_model(
     trained, adapters = case.train(model, base, tmp_path / "adapter")
     unmerged = trained if model.name in case.lost_on_reload else case.unmerged(model, base, adapters)
     expected = logits(unmerged, inputs)
-    assert (expected - logits(case.load_base(model, base), inputs)).abs().max() > 1e-2, (
-        "the adapter does nothing"
-    )
+    assert (expected - logits(case.load_base(model, base), inputs)).abs().max() > 1e-2, "the adapter does nothing"
 
     loraweld.merge(adapters, output=tmp_path / "merged", base=base, dtype="float32")
 
@@ -108,8 +106,7 @@ def exact_merge(model: TinyModel, base: Path, adapter: Path, output: Path) -> di
     config = json.loads((adapter / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     tensors = {
-        k.removeprefix("base_model.model."): v
-        for k, v in load_file(adapter / "adapter_model.safetensors").items()
+        k.removeprefix("base_model.model."): v for k, v in load_file(adapter / "adapter_model.safetensors").items()
     }
     for path in [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]:
         module = merged.get_submodule(path)
@@ -145,9 +142,7 @@ def deviation_in_steps(model: TinyModel, case: AdapterCase, base: Path, folder: 
 
 
 @pytest.mark.parametrize("case_name", ["linears", "rslora", "dora", "conv", "conv-dora"])
-def test_bf16_weights_are_exact_sums_rounded_once(
-    case_name: str, base_folder: BaseFolder, tmp_path: Path
-) -> None:
+def test_bf16_weights_are_exact_sums_rounded_once(case_name: str, base_folder: BaseFolder, tmp_path: Path) -> None:
     """At most 1 in 10,000 weights differs from float64 arithmetic; what no adapter targets is copied."""
     steps = [
         deviation_in_steps(model, case, base_folder(model, torch.bfloat16), tmp_path / model.name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,14 @@ _NOT_PEFT = {
 }
 
 
+class Scratch:
+    """A temporary folder that lives as long as this object."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="loraweld-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """One adapter: `modules` maps module path → part → tensor; `parameters` maps parameter name → tensor.
@@ -38,7 +48,7 @@ class Adapter:
     modules: Mapping[str, Mapping[str, StoredTensor]]
     parameters: Mapping[str, StoredTensor]
     untrained: tuple[StoredTensor, ...]
-    scratch: tempfile.TemporaryDirectory[str] | None = field(repr=False, compare=False)
+    scratch: Scratch | None = field(repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -89,14 +99,14 @@ def _locate(folder: Path) -> Path:
 
 def _open_weights(
     folder: Path,
-) -> tuple[Path, SafetensorsFile, tempfile.TemporaryDirectory[str] | None]:
+) -> tuple[Path, SafetensorsFile, Scratch | None]:
     if (folder / SAFE_NAME).exists():
         weights = folder / SAFE_NAME
         return weights, _read(weights), None
     if (folder / PICKLE_NAME).exists():
         weights = folder / PICKLE_NAME
-        scratch = tempfile.TemporaryDirectory(prefix="loraweld-")
-        return weights, _read(_unpickle(weights, Path(scratch.name))), scratch
+        scratch = Scratch()
+        return weights, _read(_unpickle(weights, scratch.folder)), scratch
     raise AdapterError(f"has neither {SAFE_NAME} nor {PICKLE_NAME}", path=folder)
 
 

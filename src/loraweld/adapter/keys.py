@@ -20,6 +20,7 @@ _UNTRAINED_INFIX = ".original_module."
 _SUFFIXES = (
     (".token_adapter.trainable_tokens_delta", "token_rows"),
     (".token_adapter.base_layer.weight", "weight"),
+    (".token_adapter.base_layer.bias", "bias"),
     (".base_layer.weight", "weight"),
     (".base_layer.bias", "bias"),
     (".lora_A.weight", "lora_A"),

@@ -109,7 +109,7 @@ class DoraSpan:
             self._delta.apply(tile_nC, base_nC, top)
             tile_nC.mul_(self._column_factor.float())
             return
-        changed_nC = base_nC.float()
+        changed_nC = base_nC.to(torch.float32, copy=True)
         self._delta.apply(changed_nC, base_nC, top)
         norms = torch.linalg.vector_norm(changed_nC, dim=1, dtype=torch.float64)
         factor = self._magnitude[top : top + len(tile_nC)] / norms

@@ -56,7 +56,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     base, adapters = facts.base, facts.adapters
     check_output(request, [base.folder, *(adapter.folder for adapter in adapters)])
     claims = _claims(facts)
-    resolved = resolve_ties(combine_claims(claims), facts.ties)
+    resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors)
     notes = _tie_notes(resolved)
     tokenizers = [request.tokenizer] if request.tokenizer else [adapter.folder for adapter in adapters]
     grown = grow_to_tokenizer(base, resolved.changes, _tokens_needed(tokenizers))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraweld.adapter.edits import AddVector, Edit, LowRank, ReplaceRows
@@ -59,7 +59,7 @@ def combine_claims(claims: Iterable[Claim]) -> dict[str, Change]:
     return changes
 
 
-def resolve_ties(changes: dict[str, Change], ties: Sequence[Tie]) -> Resolved:
+def resolve_ties(changes: dict[str, Change], ties: Sequence[Tie], stored: Mapping[str, StoredTensor]) -> Resolved:
     """Decide for each tied pair: one tensor if both sides come out the same, else two.
 
     Raises:
@@ -69,7 +69,7 @@ def resolve_ties(changes: dict[str, Change], ties: Sequence[Tie]) -> Resolved:
     for tie in ties:
         if tie.alias:
             _follow_alias(result, tie)
-    untied = [tie for tie in ties if not tie.alias and not _stays_tied(result, tie)]
+    untied = [tie for tie in ties if not tie.alias and not _stays_tied(result, tie, stored[tie.source])]
     if untied:
         # An untied head no longer finds its bias through the tie: it gets one of its own.
         for tie in ties:
@@ -89,13 +89,13 @@ def _follow_alias(changes: dict[str, Change], tie: Tie) -> None:
     changes[tie.source] = Change(name=tie.source, replacement=target.replacement, edits=target.edits)
 
 
-def _stays_tied(changes: dict[str, Change], tie: Tie) -> bool:
+def _stays_tied(changes: dict[str, Change], tie: Tie, stored: StoredTensor) -> bool:
     """Return whether target and source stay one tensor; otherwise see to it that the target has a change."""
     target, source = changes.get(tie.target), changes.get(tie.source)
     if target is None and source is None:
         return True
-    if source is not None and target is None and _only_token_rows(source):
-        return True  # PEFT wraps both sides of a tie with the same trained rows and saves them once
+    if source is not None and target is None and (_only_token_rows(source) or _is_resized(source, stored)):
+        return True  # PEFT saves once what it does to both sides: trained rows, a resized table
     if target is not None and source is not None and _same(target, source):
         del changes[tie.target]
         return True
@@ -108,6 +108,10 @@ def _stays_tied(changes: dict[str, Change], tie: Tie) -> bool:
 
 def _only_token_rows(change: Change) -> bool:
     return change.replacement is None and all(isinstance(edit, ReplaceRows) for edit in change.edits)
+
+
+def _is_resized(change: Change, stored: StoredTensor) -> bool:
+    return change.replacement is not None and change.replacement.rows != stored.rows
 
 
 def _same(one: Change, other: Change) -> bool:
