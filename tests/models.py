@@ -64,7 +64,7 @@ def randomise_(model: nn.Module) -> None:
                 parameter.data.copy_(0.3 * torch.randn_like(parameter))
             else:
                 fan_in = parameter.shape[0] if type(module).__name__ == "Conv1D" else parameter[0].numel()
-                parameter.data.copy_(0.7 * matrix(parameter.shape) / fan_in**0.5)
+                parameter.data.copy_(0.5 * matrix(parameter.shape) / fan_in**0.5)
 
 
 def matrix(shape: torch.Size) -> Tensor:

@@ -16,7 +16,7 @@ from loraweld.record import record_text
 from loraweld.report import MergeReport, human_bytes
 from loraweld.request import MergeRequest, PathLike, make_request
 from loraweld.sinks.existing import ExistingSink
-from loraweld.sinks.folder import open_folder_sink, staging_folder
+from loraweld.sinks.folder import finish_published, open_folder_sink, staging_folder
 
 Progress = Callable[[int], None]
 
@@ -96,14 +96,33 @@ def merge_request(
     """Plan, run and report; `on_plan` is called before the first byte is written."""
     started = time.monotonic()
     made, facts = plan_request(request)
-    _check_disk(made)
     if on_plan:
         on_plan(made)
     record = record_text(made, facts) if facts else None
-    if _is_taken(request) and not staging_folder(request.output).exists():
+    try:
+        return _fulfil(request, made, record, progress, started)
+    except OSError as error:
+        raise _output_error(error, request) from None
+
+
+def _fulfil(
+    request: MergeRequest, made: MergePlan, record: str | None, progress: Progress, started: float
+) -> MergeReport:
+    """Find the output finished, compare it, or write it."""
+    identity = _identity(made, record)
+    if finish_published(request.output, identity=identity):
+        return _report(made, 0, made.bytes_written, started=started)
+    if _is_taken(request):
         result = _compare(made, record, progress)
         return _report(made, *result, started=started, was_there=True)
-    return _report(made, *_write(request, made, record, progress), started=started)
+    _check_disk(made)
+    with open_folder_sink(request.output, identity=identity, resume=request.resume) as sink:
+        try:
+            result = _run(made, sink, record, progress)
+        except LoraweldError:
+            sink.clean_up()  # it would fail again: there is nothing to continue
+            raise
+    return _report(made, *result, started=started)
 
 
 def _is_taken(request: MergeRequest) -> bool:
@@ -124,23 +143,6 @@ def _compare(made: MergePlan, record: str | None, progress: Progress) -> tuple[i
 
 
 _TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
-
-
-def _write(request: MergeRequest, made: MergePlan, record: str | None, progress: Progress) -> tuple[int, int]:
-    try:
-        with open_folder_sink(request.output, identity=_identity(made, record), resume=request.resume) as sink:
-            if sink.is_published:
-                sink.clean_up()
-                return 0, made.bytes_written
-            try:
-                if _is_taken(request):
-                    raise OutputError(_TAKEN, path=request.output)
-                return _run(made, sink, record, progress)
-            except LoraweldError:
-                sink.clean_up()  # it would fail again: there is nothing to continue
-                raise
-    except OSError as error:
-        raise _output_error(error, request) from None
 
 
 def _run(made: MergePlan, sink: Any, record: str | None, progress: Progress) -> tuple[int, int]:

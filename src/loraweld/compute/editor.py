@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,25 +17,53 @@ from loraweld.errors import NumericsError
 from loraweld.planning.merge_plan import Recipe
 
 
-class TensorEditor:
-    """Computes rows of one recipe; serves all threads. Its kernels are made once, by the first that needs them."""
+@dataclass(slots=True)
+class Outcome:
+    """What a whole run came to: whether any delta was there, and whether any output differs from its base."""
 
-    def __init__(self, recipe: Recipe, reader: Reader) -> None:
+    had_delta: bool = False
+    any_change: bool = False
+
+
+class Scratch:
+    """Memory for one tile, reused by one thread: fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._tile = torch.empty(0)
+        self._out = torch.empty(0, dtype=torch.uint8)
+
+    def tile(self, rows: int, cols: int) -> torch.Tensor:
+        """Return a float32 tile (rows, cols) of undefined content."""
+        if self._tile.numel() < rows * cols:
+            self._tile = torch.empty(rows * cols)
+        return self._tile[: rows * cols].view(rows, cols)
+
+    def out(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return an output tile (rows, cols) of undefined content."""
+        size = rows * cols * dtype.itemsize
+        if self._out.numel() < size:
+            self._out = torch.empty(size, dtype=torch.uint8)
+        return self._out[:size].view(dtype).view(rows, cols)
+
+
+class TensorEditor:
+    """Computes rows of one recipe; serves all threads. The first that needs its kernels makes them."""
+
+    def __init__(self, recipe: Recipe, reader: Reader, outcome: Outcome) -> None:
         self.recipe = recipe
+        self.outcome = outcome
         self.grid = TileGrid(recipe.rows, recipe.source.cols)
         self.row_bytes = recipe.source.cols * item_size(recipe.dtype)
         self.source_row_bytes = recipe.source.cols * item_size(recipe.source.dtype)
         self._reader = reader
         self._lock = threading.Lock()
         self._kernels: list[Kernel] | None = None
-        self.changed = False
-        self.has_delta = False
 
-    def session(self, start: int, stop: int) -> EditSession:
+    def session(self, start: int, stop: int, scratch: Scratch) -> EditSession:
         """Return what one thread needs to compute the tiles that overlap rows [start, stop)."""
         tiles = list(self.grid.tiles(start, stop))
         spans = [kernel.span(tiles[0][0], tiles[-1][1]) for kernel in self._made_kernels()]
-        return EditSession(self, spans)
+        return EditSession(self, spans, scratch)
 
     def _made_kernels(self) -> list[Kernel]:
         with self._lock:
@@ -47,37 +76,50 @@ class TensorEditor:
 class EditSession:
     """Computes tiles of one tensor within one thread."""
 
-    def __init__(self, editor: TensorEditor, spans: Sequence[Span]) -> None:
-        self._editor = editor
-        self._recipe = recipe = editor.recipe
+    def __init__(self, editor: TensorEditor, spans: Sequence[Span], scratch: Scratch) -> None:
+        self._recipe = editor.recipe
+        self._outcome = editor.outcome
         self._spans = spans
-        self._rounder = Rounder(torch_dtype(recipe.dtype))
-        self._error_scale = sum(span.error_scale for span in spans)
-        editor.has_delta |= self._error_scale > 0
+        self._scratch = scratch
+        self._rounder = Rounder(torch_dtype(editor.recipe.dtype))
 
     def compute(self, stored: bytearray | memoryview, top: int, bottom: int) -> memoryview:
         """Return the output bytes of rows [top, bottom), from the bytes of the stored ones among them.
 
+        The bytes are valid until the next call.
+
         Raises:
             NumericsError: a result does not exist in the output dtype; names the tensor.
         """
-        recipe = self._recipe
-        num_stored = max(0, min(bottom, recipe.source.rows) - top)
-        base_nC = as_tensor(stored, recipe.source.dtype, (num_stored, recipe.source.cols))
-        tile_nC = torch.zeros(bottom - top, recipe.source.cols)
+        source = self._recipe.source
+        num_stored = max(0, min(bottom, source.rows) - top)
+        base_nC = as_tensor(stored, source.dtype, (num_stored, source.cols))
+        tile_nC = self._scratch.tile(bottom - top, source.cols)
+        tile_nC[num_stored:].zero_()
         tile_nC[:num_stored].copy_(base_nC)
+        error = 0.0
         for span in self._spans:
-            span.apply(tile_nC, base_nC, top)
-        out_nC = torch.empty(tile_nC.shape, dtype=self._rounder.dtype)
-        try:
-            self._rounder.round(
-                tile_nC, out_nC, self._error_scale, lambda rows, cols: self._exact(base_nC, rows, cols, top)
-            )
-        except NumericsError as error:
-            raise NumericsError(f"tensor {recipe.name!r}, rows {top} to {bottom - 1}: {error}") from None
-        if not self._editor.changed:
-            self._editor.changed = not (out_nC.shape == base_nC.shape and torch.equal(out_nC, base_nC.to(out_nC.dtype)))
+            error = span.apply(tile_nC, base_nC, top, error)
+        out_nC = self._scratch.out(bottom - top, source.cols, self._rounder.dtype)
+        self._round(tile_nC, out_nC, base_nC, top, error)
+        self._note(out_nC, base_nC, error)
         return memoryview(out_nC.view(torch.uint8).numpy().reshape(-1).data)
+
+    def _round(
+        self, tile_nC: torch.Tensor, out_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float
+    ) -> None:
+        try:
+            self._rounder.round(tile_nC, out_nC, error, lambda rows, cols: self._exact(base_nC, rows, cols, top))
+        except NumericsError as problem:
+            rows = f"rows {top} to {top + len(tile_nC) - 1}"
+            raise NumericsError(f"tensor {self._recipe.name!r}, {rows}: {problem}") from None
+
+    def _note(self, out_nC: torch.Tensor, base_nC: torch.Tensor, error: float) -> None:
+        outcome = self._outcome
+        outcome.had_delta |= error > 0
+        if self._spans and not outcome.any_change:
+            same = out_nC.shape == base_nC.shape and torch.equal(out_nC, base_nC.to(out_nC.dtype))
+            outcome.any_change |= not same
 
     def _exact(self, base_nC: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor, top: int) -> torch.Tensor:
         values_K = torch.zeros(len(rows_K), dtype=torch.float64)

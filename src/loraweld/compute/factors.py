@@ -23,11 +23,15 @@ class Left:
     def __init__(self, rows_nR: torch.Tensor, start: int) -> None:
         self._rows_nR = rows_nR
         self._start = start
-        self.largest_norm = _largest_row_norm(rows_nR)
+        self._norms_n = torch.linalg.vector_norm(rows_nR, dim=1)
 
     def rows(self, top: int, count: int) -> torch.Tensor:
         """Return `count` rows from row `top` of the tensor on, (count, R)."""
         return self._rows_nR[top - self._start : top - self._start + count]
+
+    def largest_norm(self, top: int, count: int) -> float:
+        """Return the norm of the longest of these rows."""
+        return float(self._norms_n[top - self._start : top - self._start + count].max())
 
     def pick(self, rows_K: torch.Tensor) -> torch.Tensor:
         """Return the rows with these numbers, (K, R)."""
@@ -39,7 +43,7 @@ class Factors:
 
     def __init__(self, right_RC: torch.Tensor, left_rows: Callable[[int, int], torch.Tensor]) -> None:
         self.right_RC = right_RC
-        self.largest_norm = _largest_row_norm(right_RC.T)
+        self.largest_norm = float(torch.linalg.vector_norm(right_RC, dim=0).max())
         self._left_rows = left_rows
 
     @classmethod
@@ -74,7 +78,3 @@ def decompose(edit: Residual, source: StoredTensor, reader: Reader) -> Factors:
     left, right = (a_RI.T, b_OR.T) if edit.transposed else (b_OR, a_RI)
     left, right = left.contiguous(), right.contiguous()
     return Factors(right, lambda start, stop: left[start:stop])
-
-
-def _largest_row_norm(rows: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(rows, dim=1).max()) if rows.numel() else 0.0

@@ -6,6 +6,7 @@ A kernel belongs to one tensor and serves all threads; a span is what one thread
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -17,15 +18,18 @@ from loraweld.compute.factors import Factors, Left, decompose
 from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
 from loraweld.compute.tiles import TileGrid
 
+# A float32 sum of R products is off by about this share of sqrt(R) times the terms' norms, at the most.
+FLOAT32_ERROR = 2.0**-22
+
 
 class Span(Protocol):
     """One edit over a range of rows."""
 
-    error_scale: float
-    """Size of the terms the edit adds up; float32 loses about 2**-23 of it where they cancel."""
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
+        """Edit the rows from `top` on, in place; `base_nC` holds them as stored.
 
-    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
-        """Edit the rows from `top` on, in place; `base_nC` holds them as stored."""
+        Takes and returns a bound of the absolute error that float32 has left in the tile where terms cancel.
+        """
 
     def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
         """Return what the edit makes of K float64 values of its input at (rows, columns)."""
@@ -69,16 +73,18 @@ class LowRankKernel:
 class LowRankSpan:
     def __init__(self, left: Left, factors: Factors, scaling: float) -> None:
         self._left = left
-        self._right_RC = factors.right_RC
+        self._factors = factors
         self._scaling = scaling
-        self.error_scale = abs(scaling) * left.largest_norm * factors.largest_norm
 
-    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
-        tile_nC.addmm_(self._left.rows(top, len(tile_nC)), self._right_RC, alpha=self._scaling)
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
+        right_RC = self._factors.right_RC
+        tile_nC.addmm_(self._left.rows(top, len(tile_nC)), right_RC, alpha=self._scaling)
+        terms = abs(self._scaling) * self._left.largest_norm(top, len(tile_nC)) * self._factors.largest_norm
+        return error + terms * math.sqrt(max(1, len(right_RC))) * FLOAT32_ERROR
 
     def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
         left_KR = self._left.pick(rows_K).double()
-        right_KR = self._right_RC[:, cols_K].T.double()
+        right_KR = self._factors.right_RC[:, cols_K].T.double()
         return values_K + self._scaling * (left_KR * right_KR).sum(1)
 
 
@@ -102,20 +108,18 @@ class DoraSpan:
         self._magnitude = magnitude
         self._column_factor = column_factor
         self._row_factors: dict[int, torch.Tensor] = {}
-        self.error_scale = delta.error_scale
 
-    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
-        if self._column_factor is not None:
-            self._delta.apply(tile_nC, base_nC, top)
-            tile_nC.mul_(self._column_factor.float())
-            return
-        changed_nC = base_nC.to(torch.float32, copy=True)
-        self._delta.apply(changed_nC, base_nC, top)
-        norms = torch.linalg.vector_norm(changed_nC, dim=1, dtype=torch.float64)
-        factor = self._magnitude[top : top + len(tile_nC)] / norms
-        self._row_factors = {top: factor}
-        self._delta.apply(tile_nC, base_nC, top)
-        tile_nC.mul_(factor.float()[:, None])
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
+        factor = self._column_factor
+        if factor is None:
+            changed_nC = base_nC.to(torch.float32, copy=True)
+            self._delta.apply(changed_nC, base_nC, top, error)
+            norms = torch.linalg.vector_norm(changed_nC, dim=1, dtype=torch.float64)
+            factor = (self._magnitude[top : top + len(tile_nC)] / norms)[:, None]
+            self._row_factors = {top: factor[:, 0]}
+        error = self._delta.apply(tile_nC, base_nC, top, error)
+        tile_nC.mul_(factor.float())
+        return error * float(factor.abs().max())
 
     def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
         if self._column_factor is not None:
@@ -131,7 +135,7 @@ def _column_norms(source: StoredTensor, delta: LowRankKernel, reader: Reader) ->
     squares = torch.zeros(source.cols, dtype=torch.float64)
     for top, bottom in TileGrid(source.rows, source.cols).tiles(0, source.rows):
         tile_nC = read_rows(reader, source, top, bottom)
-        delta.span(top, bottom).apply(tile_nC, tile_nC, top)
+        delta.span(top, bottom).apply(tile_nC, tile_nC, top, 0.0)
         squares += tile_nC.double().square_().sum(0)
     return squares.sqrt_()
 
@@ -151,11 +155,11 @@ class ResidualSpan:
     def __init__(self, low_rank: LowRankSpan, dtype: torch.dtype) -> None:
         self._low_rank = low_rank
         self._dtype = dtype
-        self.error_scale = low_rank.error_scale
 
-    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
-        self._low_rank.apply(tile_nC, base_nC, top)
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
+        error = self._low_rank.apply(tile_nC, base_nC, top, error)
         tile_nC.copy_(tile_nC.to(self._dtype))
+        return error
 
     def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
         return self._low_rank.exact(values_K, rows_K, cols_K).to(self._dtype).double()
@@ -166,13 +170,13 @@ class AddVectorKernel:
 
     def __init__(self, edit: AddVector, reader: Reader) -> None:
         self._values = read_vector(reader, edit.values).double() * edit.scaling
-        self.error_scale = 0.0
 
     def span(self, start: int, stop: int) -> AddVectorKernel:
         return self
 
-    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
         tile_nC.copy_(tile_nC.double().add_(self._values[top : top + len(tile_nC), None]))
+        return error
 
     def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
         return values_K + self._values[rows_K]
@@ -184,14 +188,14 @@ class ReplaceRowsKernel:
     def __init__(self, edit: ReplaceRows, reader: Reader) -> None:
         self._rows_TC = read_rows(reader, edit.rows, 0, edit.rows.rows)
         self._indices_T = torch.tensor(edit.indices, dtype=torch.int64)
-        self.error_scale = 0.0
 
     def span(self, start: int, stop: int) -> ReplaceRowsKernel:
         return self
 
-    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
         here = (self._indices_T >= top) & (self._indices_T < top + len(tile_nC))
         tile_nC[self._indices_T[here] - top] = self._rows_TC[here]
+        return error
 
     def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
         values_K = values_K.clone()
@@ -210,13 +214,13 @@ class GrowRowsKernel:
             total += read_rows(reader, source, top, bottom).double().sum(0)
         self._mean = total / source.rows
         self._first = source.rows
-        self.error_scale = 0.0
 
     def span(self, start: int, stop: int) -> GrowRowsKernel:
         return self
 
-    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int) -> None:
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
         tile_nC[max(0, self._first - top) :] = self._mean.float()
+        return error
 
     def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
         return torch.where(rows_K >= self._first, self._mean[cols_K], values_K)

@@ -1,8 +1,12 @@
 """The one rounding of a result, and the repair of elements where float32 is not enough for it.
 
-float32 sums carry an error of about 2**-23 of their terms. Where base and delta cancel, the result can be
-so small that this error passes one unit of the output's last place. Those few elements (about one in 10**5)
-are found by their bits and computed again in float64.
+float32 arithmetic leaves an error, small against the terms of a sum but not against their difference. In two
+cases it can show in the 16-bit result, and the element is computed again in float64:
+
+- base and delta cancel: the result is so small that the error passes one unit of its last place (bfloat16 and
+  float16; about one element in 10**5, found by its bits);
+- the result lies so close to the middle between two neighbours that the error decides (float16, whose three
+  more bits make this common: about one element in 10**3).
 """
 
 from __future__ import annotations
@@ -10,54 +14,58 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraweld.errors import NumericsError
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
-_FLOAT32_ERROR_BITS = 23
+_FLOAT32_EPSILON = 2.0**-23
 # (rows, columns) of K elements of a tile → their exact float64 values
 Exact = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Flat = npt.NDArray[np.int64]
 
 
 class Rounder:
-    """Rounds float32 tiles to `dtype`; keeps its scratch memory between tiles."""
+    """Rounds float32 tiles to `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._half = dtype in _MANTISSA_BITS
-        self._infinity = 0
-        if self._half:
-            self._infinity = _magnitude_bits(float("inf"), dtype)
+        self._infinity = _magnitude_bits(float("inf"), dtype) if dtype in _MANTISSA_BITS else 0
 
-    def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error_scale: float, exact: Exact) -> None:
-        """Write `tile_nC` to `out_nC`, rounded once, to nearest even.
+    def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float, exact: Exact) -> None:
+        """Write `tile_nC`, right within the absolute `error`, to `out_nC`, rounded once, to nearest even.
 
         Raises:
             NumericsError: a result is infinite or not a number.
         """
         out_nC.copy_(tile_nC)
-        if not self._half:
+        if self.dtype not in _MANTISSA_BITS:
             _check_finite(out_nC)
             return
         magnitudes = np.left_shift(out_nC.view(torch.int16).numpy().view(np.uint16), 1)
         if magnitudes.size and int(magnitudes.max()) >= self._infinity:
             raise _not_finite(tile_nC, self.dtype)
-        limit = _magnitude_bits(self._unsafe_below(error_scale), self.dtype)
-        if limit and int(magnitudes.min(initial=0xFFFF)) < limit:
-            self._repair(out_nC, np.flatnonzero(magnitudes < limit), exact)
+        if error > 0:
+            self._repair(out_nC, self._doubtful(tile_nC, magnitudes, error), exact)
 
-    def _unsafe_below(self, error_scale: float) -> float:
-        """Results smaller than this may be off by more than one unit in the last place."""
-        return error_scale * 2.0 ** (_MANTISSA_BITS[self.dtype] + 1 - _FLOAT32_ERROR_BITS)
+    def _doubtful(self, tile_nC: torch.Tensor, magnitudes: npt.NDArray[np.uint16], error: float) -> Flat:
+        """Return the flat positions of elements that float32 may have wrong by too much."""
+        if self.dtype == torch.float16:
+            return _near_middle(tile_nC, self.dtype, error)
+        limit = _magnitude_bits(error * 2.0 ** (_MANTISSA_BITS[self.dtype] + 1), self.dtype)
+        if int(magnitudes.min(initial=0xFFFF)) >= limit:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(magnitudes < limit)
 
-    def _repair(self, out_nC: torch.Tensor, flat: np.ndarray, exact: Exact) -> None:
-        positions = torch.from_numpy(flat)
-        rows, cols = positions // out_nC.shape[1], positions % out_nC.shape[1]
-        out_nC[rows, cols] = _round_once(exact(rows, cols), self.dtype)
+    def _repair(self, out_nC: torch.Tensor, flat: Flat, exact: Exact) -> None:
+        if len(flat):
+            positions = torch.from_numpy(flat)
+            rows, cols = positions // out_nC.shape[1], positions % out_nC.shape[1]
+            out_nC[rows, cols] = round_once(exact(rows, cols), self.dtype)
 
 
-def _round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round float64 to a 16-bit type directly: by way of float32 it would be rounded twice.
 
     float32 is first rounded to odd: truncated, its last bit set if anything was lost. Rounding that to 16 bit
@@ -70,6 +78,13 @@ def _round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     truncated = torch.where(away, bits - 1, bits)
     odd = torch.where(error != 0, truncated | 1, truncated)
     return odd.view(torch.float32).to(dtype)
+
+
+def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Flat:
+    margin_nC = tile_nC.abs().mul_(_FLOAT32_EPSILON).add_(error)
+    below = (tile_nC - margin_nC).to(dtype).view(torch.int16).numpy()
+    above = (tile_nC + margin_nC).to(dtype).view(torch.int16).numpy()
+    return np.flatnonzero(below != above)
 
 
 def _magnitude_bits(value: float, dtype: torch.dtype) -> int:

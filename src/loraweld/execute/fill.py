@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 from loraweld.checkpoint.reader import Reader
-from loraweld.compute.editor import EditSession, TensorEditor
+from loraweld.compute.editor import EditSession, Outcome, Scratch, TensorEditor
 from loraweld.compute.tensors import item_size
 from loraweld.errors import NumericsError
 from loraweld.execute.items import Item
@@ -35,10 +35,9 @@ class Filler:
         self._num_editors = num_editors
         self._editors: OrderedDict[str, TensorEditor] = OrderedDict()
         self._lock = Lock()
-        self._had_delta = False
-        self._any_change = False
+        self._outcome = Outcome()
 
-    def fill(self, item: Item, buffer: memoryview) -> None:
+    def fill(self, item: Item, buffer: memoryview, scratch: Scratch) -> None:
         """Write the bytes of `item` to the start of `buffer`.
 
         First what lies in the source files, in as few reads as possible, then the computed rows on top.
@@ -50,7 +49,7 @@ class Filler:
             self._reader.read_into(run.path, run.offset, buffer[run.start - item.start : run.end - item.start])
         for piece in placed:
             if not piece.recipe.keeps_bytes:
-                _PieceWriter(self._editor(piece.recipe), piece, item, buffer, self._reader).write()
+                _PieceWriter(self._editor(piece.recipe), piece, item, buffer, self._reader).write(scratch)
 
     def check_any_change(self) -> None:
         """Refuse a result in which nothing is left of what was trained.
@@ -58,23 +57,18 @@ class Filler:
         Raises:
             NumericsError: deltas were not zero, yet no tensor differs from its base after rounding.
         """
-        self._note_outcome(*self._editors.values())
-        if self._had_delta and not self._any_change:
+        if self._outcome.had_delta and not self._outcome.any_change:
             raise NumericsError(
                 "every change of the adapter is smaller than the output dtype can hold: the result would be "
                 "the base. Give --dtype float32"
             )
 
-    def _note_outcome(self, *editors: TensorEditor) -> None:
-        self._had_delta |= any(editor.has_delta for editor in editors)
-        self._any_change |= any(editor.changed for editor in editors)
-
     def _editor(self, recipe: Recipe) -> TensorEditor:
         with self._lock:
-            editor = self._editors.pop(recipe.name, None) or TensorEditor(recipe, self._reader)
+            editor = self._editors.pop(recipe.name, None) or TensorEditor(recipe, self._reader, self._outcome)
             self._editors[recipe.name] = editor
             while len(self._editors) > self._num_editors:
-                self._note_outcome(self._editors.popitem(last=False)[1])
+                self._editors.popitem(last=False)
             return editor
 
 
@@ -91,7 +85,7 @@ class _PieceWriter:
         self._reader = reader
         self._in_place = _reads_in_place(placed, item)
 
-    def write(self) -> None:
+    def write(self, scratch: Scratch) -> None:
         """Compute the tiles and copy what falls into the item to the buffer."""
         editor, offset = self._editor, self._placed.offset
         low = max(self._item.start, offset)
@@ -100,7 +94,7 @@ class _PieceWriter:
             return
         first = (low - offset) // editor.row_bytes
         last = -(-(high - offset) // editor.row_bytes)
-        session = editor.session(first, last)
+        session = editor.session(first, last, scratch)
         for top, bottom in editor.grid.tiles(first, last):
             self._write_tile(session, top, bottom, low, high)
 

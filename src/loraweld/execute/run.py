@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from loraweld.checkpoint.reader import Reader
+from loraweld.compute.editor import Scratch
 from loraweld.execute.fill import Filler
 from loraweld.execute.items import Item, work_items
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, WeightFile
@@ -129,19 +130,19 @@ class _Run:
             self._sink.copy(item.file.name, item.file.same_as)
         else:
             self._files.open(item.file)
-            buffer = self._buffer()
-            self._filler.fill(item, buffer)
+            buffer, scratch = self._memory()
+            self._filler.fill(item, buffer, scratch)
             self._sink.write_at(item.file.name, item.start, buffer, item.end - item.start)
         self._checkpoint.add(item)
         self._files.item_done(item, finish=self._checkpoint.note_all)
         self._progress(item.end - item.start)
 
-    def _buffer(self) -> memoryview:
-        """This thread's buffer, made once: fresh memory costs more than the arithmetic."""
-        if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(aligned_buffer(self._plan.item_bytes))
-        buffer: memoryview = self._local.buffer
-        return buffer
+    def _memory(self) -> tuple[memoryview, Scratch]:
+        """This thread's buffer and scratch, made once: fresh memory costs more than the arithmetic."""
+        if not hasattr(self._local, "memory"):
+            self._local.memory = memoryview(aligned_buffer(self._plan.item_bytes)), Scratch()
+        memory: tuple[memoryview, Scratch] = self._local.memory
+        return memory
 
 
 class _OpenFiles:

@@ -62,8 +62,8 @@ class Recipe:
 
     @property
     def keeps_bytes(self) -> bool:
-        """True if the output holds the source's bytes as they are."""
-        return not self.edits and self.dtype == self.source.dtype and self.shape == self.source.shape
+        """True if the output holds the base's bytes as they are; what an adapter brings is looked at."""
+        return self.kind == "copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

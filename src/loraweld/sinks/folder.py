@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loraweld.errors import OutputError
 from loraweld.sinks import system
-from loraweld.sinks.journal import Journal
+from loraweld.sinks.journal import Journal, folder_number, read_journal
 
 
 class FolderSink:
@@ -72,18 +72,10 @@ class FolderSink:
         finally:
             os.close(descriptor)
 
-    @property
-    def is_published(self) -> bool:
-        """True if an earlier run of this merge was killed after its output had appeared."""
-        if not self._target.exists():
-            return False
-        return _publish_key(self._target) in self.journal.done
-
     def publish(self) -> None:
         """Make the complete model appear under its name; replaces an old one in one step."""
         for folder in [self._model, *(path for path in self._model.rglob("*") if path.is_dir())]:
             system.sync_folder(folder)
-        self.journal.append([_publish_key(self._model)])
         if self._target.exists() and any(self._target.iterdir()):
             self._replace_old()
         else:
@@ -93,7 +85,7 @@ class FolderSink:
 
     def clean_up(self) -> None:
         """Remove the staging folder: after publishing, or when there is nothing to continue."""
-        shutil.rmtree(self._staging)
+        _remove(self._staging)
 
     def close(self) -> None:
         """Close what is still open; what was journalled stays for the next run."""
@@ -124,20 +116,15 @@ def open_folder_sink(target: Path, *, identity: str, resume: bool) -> Iterator[F
         OutputError: another merge into the same place is running, or the place cannot be written.
     """
     staging = staging_folder(target)
-    try:
-        (staging / "model").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be created: {error.strerror}", path=staging) from None
-    with system.exclusive_lock(staging / "lock") as locked:
-        if not locked:
-            raise OutputError(
-                "another merge into this place is running; wait for it or choose another output", path=target
-            )
+    with _locked(target, staging):
         _restore_interrupted_replace(target, staging)
-        journal = Journal.open(staging / "journal", identity, fresh=not resume)
-        if journal.is_new:
-            shutil.rmtree(staging / "model", ignore_errors=True)
-            (staging / "model").mkdir()
+        model, path = staging / "model", staging / "journal"
+        journal = Journal.resume(path, identity, model) if resume else None
+        if journal is None:
+            path.unlink(missing_ok=True)  # first: without a journal nothing in the folder counts
+            shutil.rmtree(model, ignore_errors=True)
+            model.mkdir()
+            journal = Journal.begin(path, identity, model)
         sink = FolderSink(target, staging, journal)
         try:
             yield sink
@@ -145,9 +132,40 @@ def open_folder_sink(target: Path, *, identity: str, resume: bool) -> Iterator[F
             sink.close()
 
 
-def _publish_key(folder: Path) -> str:
-    """The folder's inode tells the new model from the old one, whatever names they have at the moment."""
-    return f"published {folder.stat().st_ino}"
+def finish_published(target: Path, *, identity: str) -> bool:
+    """Return True if this very merge was published by a run that was killed before it could clean up.
+
+    Raises:
+        OutputError: another merge into the same place is running.
+    """
+    staging = staging_folder(target)
+    if not staging.exists():
+        return False
+    with _locked(target, staging):
+        head, _, _ = read_journal(staging / "journal")
+        if not target.is_dir() or head != {"merge": identity, "folder": folder_number(target)}:
+            return False
+        _remove(staging)
+        return True
+
+
+@contextmanager
+def _locked(target: Path, staging: Path) -> Iterator[None]:
+    with system.exclusive_lock(staging / "lock") as locked:
+        if not locked:
+            raise OutputError(
+                "another merge into this place is running; wait for it or choose another output", path=target
+            )
+        for left in staging.parent.glob(f"{staging.name}.removed-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _remove(staging: Path) -> None:
+    """Remove a staging folder in one step for others to see: by name first, then its contents."""
+    aside = staging.with_name(f"{staging.name}.removed-{os.getpid()}")
+    staging.replace(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _restore_interrupted_replace(target: Path, staging: Path) -> None:

@@ -1,7 +1,8 @@
 """The journal of a merge: which items are finished and durable, so that the same command continues.
 
-One line of JSON first: the merge's identity. Then one item per line. Lines are appended only after the bytes of
-their items are durable, so a line is never ahead of the data; a torn last line is ignored.
+One line of JSON first: the merge's identity and the inode of the folder that holds its output. Whatever name that
+folder has by now, the journal speaks of it and of no other. Then one item per line. Lines are appended only after
+the bytes of their items are durable, so a line is never ahead of the data; a torn last line is ignored.
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ from typing import BinaryIO
 class Journal:
     """Appends finished items; knows those of an earlier run of the same merge."""
 
-    def __init__(self, file: BinaryIO, done: frozenset[str], *, is_new: bool) -> None:
+    def __init__(self, file: BinaryIO, done: frozenset[str]) -> None:
         self.done = done
-        self.is_new = is_new
         self._file = file
 
     @classmethod
-    def open(cls, path: Path, identity: str, *, fresh: bool) -> Journal:
-        """Continue the journal at `path` if it is of the merge `identity`, else begin a new one."""
-        known = None if fresh else _read(path, identity)
-        if known is None:
-            file: BinaryIO = path.open("wb")
-            file.write(json.dumps({"merge": identity}).encode() + b"\n")
-            _sync(file)
-            return cls(file, frozenset(), is_new=True)
-        done, size = known
-        file = path.open("r+b")
+    def begin(cls, path: Path, identity: str, model: Path) -> Journal:
+        """Start the journal of a merge into the empty folder `model`."""
+        file: BinaryIO = path.open("wb")
+        head = {"merge": identity, "folder": folder_number(model)}
+        file.write(json.dumps(head).encode() + b"\n")
+        _sync(file)
+        return cls(file, frozenset())
+
+    @classmethod
+    def resume(cls, path: Path, identity: str, model: Path) -> Journal | None:
+        """Continue the journal of the same merge into the same folder, None if there is none."""
+        head, done, size = read_journal(path)
+        if head != {"merge": identity, "folder": folder_number(model)}:
+            return None
+        file: BinaryIO = path.open("r+b")
         file.truncate(size)
         file.seek(size)
-        return cls(file, done, is_new=False)
+        return cls(file, done)
 
     def append(self, keys: Iterable[str]) -> None:
         """Note items whose bytes are durable; returns when the note is."""
@@ -45,20 +50,23 @@ class Journal:
         self._file.close()
 
 
-def _read(path: Path, identity: str) -> tuple[frozenset[str], int] | None:
-    """Return (finished items, bytes of whole lines), None if there is no journal of this merge."""
+def folder_number(folder: Path) -> int:
+    """The inode of a folder, which renaming does not change; 0 if it does not exist."""
+    return folder.stat().st_ino if folder.is_dir() else 0
+
+
+def read_journal(path: Path) -> tuple[object, frozenset[str], int]:
+    """Return (first line, finished items, bytes of whole lines); the first line is None without a journal."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return None
+        return None, frozenset(), 0
     whole = data[: data.rfind(b"\n") + 1]
-    lines = whole.splitlines()
     try:
-        if not lines or json.loads(lines[0]) != {"merge": identity}:
-            return None
-        return frozenset(str(json.loads(line)) for line in lines[1:]), len(whole)
+        head, *items = [json.loads(line) for line in whole.splitlines()]
     except ValueError:
-        return None
+        return None, frozenset(), 0
+    return head, frozenset(str(item) for item in items), len(whole)
 
 
 def _sync(file: BinaryIO) -> None:

@@ -125,7 +125,11 @@ def exchange(one: Path, other: Path) -> bool:
 def exclusive_lock(path: Path) -> Iterator[bool]:
     """Hold an advisory lock on `path`; yields False if another process has it. It dies with the process."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # the holder before us removed the folder in this moment
         locked = _lock(descriptor)
         if not locked or _is_still(path, descriptor):
             break
