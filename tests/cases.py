@@ -118,7 +118,7 @@ def on_biased(**options: Any) -> Configs:
 
 def on_convs(**options: Any) -> Configs:
     def configs(model: TinyModel) -> tuple[LoraConfig, ...]:
-        targets = [*model.convs, model.linears[0]]
+        targets = [*model.convs, *model.linears]
         return (config(target_modules=targets, **options),) if model.convs else ()
 
     return configs

@@ -141,7 +141,8 @@ def _entry(name: str, value: object) -> Entry:
     expected = num_bytes(dtype, math.prod(shape))
     if offsets[1] - offsets[0] != expected:
         raise CheckpointError(
-            f"tensor {_short(name)}: {dtype} {shape} takes {expected} bytes, data_offsets hold {offsets[1] - offsets[0]}"
+            f"tensor {_short(name)}: {dtype} {_short(shape)} takes {expected} bytes, "
+            f"data_offsets hold {offsets[1] - offsets[0]}"
         )
     return Entry(name=name, dtype=dtype, shape=tuple(shape), start=offsets[0], end=offsets[1])
 

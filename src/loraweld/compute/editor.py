@@ -6,10 +6,11 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from loraweld.checkpoint.reader import Reader
-from loraweld.compute.kernels import Kernel, Span, make_kernel
+from loraweld.compute.kernels import Floats, Ints, Kernel, Span, make_kernel
 from loraweld.compute.rounding import Rounder
 from loraweld.compute.tensors import as_tensor, item_size, torch_dtype
 from loraweld.compute.tiles import TileGrid
@@ -26,17 +27,22 @@ class Outcome:
 
 
 class Scratch:
-    """Memory for one tile, reused by one thread: fresh memory costs more than the arithmetic."""
+    """Memory for one tile and its rounding, reused by one thread: fresh memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
         self._tile = torch.empty(0)
         self._out = torch.empty(0, dtype=torch.uint8)
+        self._rounders: dict[torch.dtype, Rounder] = {}
 
     def tile(self, rows: int, cols: int) -> torch.Tensor:
         """Return a float32 tile (rows, cols) of undefined content."""
         if self._tile.numel() < rows * cols:
             self._tile = torch.empty(rows * cols)
         return self._tile[: rows * cols].view(rows, cols)
+
+    def rounder(self, dtype: torch.dtype) -> Rounder:
+        """Return this thread's rounder to `dtype`."""
+        return self._rounders.setdefault(dtype, Rounder(dtype))
 
     def out(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """Return an output tile (rows, cols) of undefined content."""
@@ -81,7 +87,7 @@ class EditSession:
         self._outcome = editor.outcome
         self._spans = spans
         self._scratch = scratch
-        self._rounder = Rounder(torch_dtype(editor.recipe.dtype))
+        self._rounder = scratch.rounder(torch_dtype(editor.recipe.dtype))
 
     def compute(self, stored: bytearray | memoryview, top: int, bottom: int) -> memoryview:
         """Return the output bytes of rows [top, bottom), from the bytes of the stored ones among them.
@@ -121,10 +127,11 @@ class EditSession:
             same = out_nC.shape == base_nC.shape and torch.equal(out_nC, base_nC.to(out_nC.dtype))
             outcome.any_change |= not same
 
-    def _exact(self, base_nC: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor, top: int) -> torch.Tensor:
-        values_K = torch.zeros(len(rows_K), dtype=torch.float64)
+    def _exact(self, base_nC: torch.Tensor, rows_K: Ints, cols_K: Ints, top: int) -> Floats:
+        values_K = np.zeros(len(rows_K))
         stored = rows_K < len(base_nC)
-        values_K[stored] = base_nC[rows_K[stored], cols_K[stored]].double()
+        flat = torch.from_numpy(rows_K[stored] * self._recipe.source.cols + cols_K[stored])
+        values_K[stored] = base_nC.view(-1)[flat].double().numpy()
         for span in self._spans:
             values_K = span.exact(values_K, rows_K + top, cols_K)
         return values_K

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraweld.adapter.edits import LowRank, Residual
@@ -33,9 +35,10 @@ class Left:
         """Return the norm of the longest of these rows."""
         return float(self._norms_n[top - self._start : top - self._start + count].max())
 
-    def pick(self, rows_K: torch.Tensor) -> torch.Tensor:
+    def pick(self, rows_K: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Return the rows with these numbers, (K, R)."""
-        return self._rows_nR[rows_K - self._start]
+        picked: npt.NDArray[np.float32] = self._rows_nR.numpy()[rows_K - self._start]
+        return picked
 
 
 class Factors:
@@ -43,6 +46,7 @@ class Factors:
 
     def __init__(self, right_RC: torch.Tensor, left_rows: Callable[[int, int], torch.Tensor]) -> None:
         self.right_RC = right_RC
+        self.right: npt.NDArray[np.float32] = right_RC.numpy()
         self.largest_norm = float(torch.linalg.vector_norm(right_RC, dim=0).max())
         self._left_rows = left_rows
 

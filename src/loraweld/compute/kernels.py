@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraweld.adapter.edits import AddVector, Dora, Edit, GrowRows, LowRank, ReplaceRows, Residual
@@ -18,8 +20,10 @@ from loraweld.compute.factors import Factors, Left, decompose
 from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
 from loraweld.compute.tiles import TileGrid
 
-# A float32 sum of R products is off by about this share of sqrt(R) times the terms' norms, at the most.
-FLOAT32_ERROR = 2.0**-22
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+# A float32 sum of R products is off by less than this share of sqrt(R) times the norms of its two vectors.
+FLOAT32_ERROR = 2.0**-23
 
 
 class Span(Protocol):
@@ -31,8 +35,11 @@ class Span(Protocol):
         Takes and returns a bound of the absolute error that float32 has left in the tile where terms cancel.
         """
 
-    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
-        """Return what the edit makes of K float64 values of its input at (rows, columns)."""
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        """Return what the edit makes of K float64 values of its input at (rows, columns).
+
+        numpy, not torch: K is a handful, and numpy's cost of a call is a fraction of torch's.
+        """
 
 
 class Kernel(Protocol):
@@ -82,10 +89,11 @@ class LowRankSpan:
         terms = abs(self._scaling) * self._left.largest_norm(top, len(tile_nC)) * self._factors.largest_norm
         return error + terms * math.sqrt(max(1, len(right_RC))) * FLOAT32_ERROR
 
-    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
-        left_KR = self._left.pick(rows_K).double()
-        right_KR = self._factors.right_RC[:, cols_K].T.double()
-        return values_K + self._scaling * (left_KR * right_KR).sum(1)
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        left_KR = self._left.pick(rows_K).astype(np.float64)
+        right_RK = self._factors.right[:, cols_K].astype(np.float64)
+        delta_K: Floats = np.einsum("kr,rk->k", left_KR, right_RK)
+        return values_K + self._scaling * delta_K
 
 
 class DoraKernel:
@@ -107,7 +115,8 @@ class DoraSpan:
         self._delta = delta
         self._magnitude = magnitude
         self._column_factor = column_factor
-        self._row_factors: dict[int, torch.Tensor] = {}
+        self._row_factors = torch.empty(0, dtype=torch.float64)
+        self._top = 0
 
     def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
         factor = self._column_factor
@@ -116,18 +125,18 @@ class DoraSpan:
             self._delta.apply(changed_nC, base_nC, top, error)
             norms = torch.linalg.vector_norm(changed_nC, dim=1, dtype=torch.float64)
             factor = (self._magnitude[top : top + len(tile_nC)] / norms)[:, None]
-            self._row_factors = {top: factor[:, 0]}
+            self._row_factors, self._top = factor[:, 0], top
         error = self._delta.apply(tile_nC, base_nC, top, error)
         tile_nC.mul_(factor.float())
         return error * float(factor.abs().max())
 
-    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
         if self._column_factor is not None:
-            factor = self._column_factor[cols_K]
+            factor_K = self._column_factor.numpy()[cols_K]
         else:
-            ((top, factors),) = self._row_factors.items()
-            factor = factors[rows_K - top]
-        return self._delta.exact(values_K, rows_K, cols_K) * factor
+            factor_K = self._row_factors.numpy()[rows_K - self._top]
+        exact_K: Floats = self._delta.exact(values_K, rows_K, cols_K) * factor_K
+        return exact_K
 
 
 def _column_norms(source: StoredTensor, delta: LowRankKernel, reader: Reader) -> torch.Tensor:
@@ -161,8 +170,10 @@ class ResidualSpan:
         tile_nC.copy_(tile_nC.to(self._dtype))
         return error
 
-    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
-        return self._low_rank.exact(values_K, rows_K, cols_K).to(self._dtype).double()
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        residual_K = torch.from_numpy(self._low_rank.exact(values_K, rows_K, cols_K))
+        rounded_K: Floats = residual_K.to(self._dtype).double().numpy()
+        return rounded_K
 
 
 class AddVectorKernel:
@@ -178,8 +189,9 @@ class AddVectorKernel:
         tile_nC.copy_(tile_nC.double().add_(self._values[top : top + len(tile_nC), None]))
         return error
 
-    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
-        return values_K + self._values[rows_K]
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        added_K: Floats = self._values.numpy()[rows_K]
+        return values_K + added_K
 
 
 class ReplaceRowsKernel:
@@ -197,11 +209,12 @@ class ReplaceRowsKernel:
         tile_nC[self._indices_T[here] - top] = self._rows_TC[here]
         return error
 
-    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
-        values_K = values_K.clone()
-        for position, row in enumerate(self._indices_T):
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        values_K = values_K.copy()
+        rows_TC = self._rows_TC.numpy()
+        for position, row in enumerate(self._indices_T.numpy()):
             here = rows_K == row
-            values_K[here] = self._rows_TC[position, cols_K[here]].double()
+            values_K[here] = rows_TC[position, cols_K[here]]
         return values_K
 
 
@@ -222,5 +235,5 @@ class GrowRowsKernel:
         tile_nC[max(0, self._first - top) :] = self._mean.float()
         return error
 
-    def exact(self, values_K: torch.Tensor, rows_K: torch.Tensor, cols_K: torch.Tensor) -> torch.Tensor:
-        return torch.where(rows_K >= self._first, self._mean[cols_K], values_K)
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        return np.where(rows_K >= self._first, self._mean.numpy()[cols_K], values_K)

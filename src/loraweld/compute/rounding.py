@@ -22,15 +22,17 @@ from loraweld.errors import NumericsError
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 _FLOAT32_EPSILON = 2.0**-23
 # (rows, columns) of K elements of a tile → their exact float64 values
-Exact = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Flat = npt.NDArray[np.int64]
+Exact = Callable[[Flat, Flat], npt.NDArray[np.float64]]
 
 
 class Rounder:
-    """Rounds float32 tiles to `dtype`."""
+    """Rounds float32 tiles to `dtype`; keeps its scratch memory, so it belongs to one thread."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self._bits = np.empty(0, dtype=np.uint16)
+        self._flags = np.empty(0, dtype=np.bool_)
         self._infinity = _magnitude_bits(float("inf"), dtype) if dtype in _MANTISSA_BITS else 0
 
     def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float, exact: Exact) -> None:
@@ -43,11 +45,18 @@ class Rounder:
         if self.dtype not in _MANTISSA_BITS:
             _check_finite(out_nC)
             return
-        magnitudes = np.left_shift(out_nC.view(torch.int16).numpy().view(np.uint16), 1)
+        magnitudes = self._magnitudes(out_nC)
         if magnitudes.size and int(magnitudes.max()) >= self._infinity:
             raise _not_finite(tile_nC, self.dtype)
         if error > 0:
             self._repair(out_nC, self._doubtful(tile_nC, magnitudes, error), exact)
+
+    def _magnitudes(self, out_nC: torch.Tensor) -> npt.NDArray[np.uint16]:
+        """The bits of all elements without their signs, shifted up by one: they order as the magnitudes do."""
+        bits = out_nC.view(torch.int16).numpy().view(np.uint16).reshape(-1)
+        if len(self._bits) < len(bits):
+            self._bits, self._flags = np.empty(len(bits), np.uint16), np.empty(len(bits), np.bool_)
+        return np.left_shift(bits, 1, out=self._bits[: len(bits)])
 
     def _doubtful(self, tile_nC: torch.Tensor, magnitudes: npt.NDArray[np.uint16], error: float) -> Flat:
         """Return the flat positions of elements that float32 may have wrong by too much."""
@@ -56,28 +65,25 @@ class Rounder:
         limit = _magnitude_bits(error * 2.0 ** (_MANTISSA_BITS[self.dtype] + 1), self.dtype)
         if int(magnitudes.min(initial=0xFFFF)) >= limit:
             return np.empty(0, dtype=np.int64)
-        return np.flatnonzero(magnitudes < limit)
+        return np.flatnonzero(np.less(magnitudes, limit, out=self._flags[: len(magnitudes)]))
 
     def _repair(self, out_nC: torch.Tensor, flat: Flat, exact: Exact) -> None:
         if len(flat):
-            positions = torch.from_numpy(flat)
-            rows, cols = positions // out_nC.shape[1], positions % out_nC.shape[1]
-            out_nC[rows, cols] = round_once(exact(rows, cols), self.dtype)
+            rows, cols = np.divmod(flat, out_nC.shape[1])
+            out_nC.view(-1)[torch.from_numpy(flat)] = round_once(exact(rows, cols), self.dtype)
 
 
-def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def round_once(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Tensor:
     """Round float64 to a 16-bit type directly: by way of float32 it would be rounded twice.
 
     float32 is first rounded to odd: truncated, its last bit set if anything was lost. Rounding that to 16 bit
     gives the correctly rounded value (Boldo and Melquiond, 2008, "Emulation of FMA and correctly rounded sums").
     """
-    nearest = values.float()
-    error = values - nearest.double()
-    bits = nearest.view(torch.int32)
-    away = (error != 0) & ((error < 0) == (nearest > 0)) & (nearest != 0)
-    truncated = torch.where(away, bits - 1, bits)
-    odd = torch.where(error != 0, truncated | 1, truncated)
-    return odd.view(torch.float32).to(dtype)
+    nearest = values.astype(np.float32)
+    lost = nearest != values
+    too_far = np.abs(nearest) > np.abs(values)  # rounded away from zero: one step back truncates
+    odd = (nearest.view(np.int32) - too_far) | lost
+    return torch.from_numpy(odd.view(np.float32)).to(dtype)
 
 
 def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Flat:

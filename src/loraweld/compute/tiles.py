@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # A float32 tile of this size, its factors and its 16-bit form stay in the second-level cache of a core.
-TILE_ELEMENTS = 1 << 17
+TILE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)

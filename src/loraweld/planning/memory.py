@@ -15,7 +15,7 @@ MIN_ITEM_BYTES = 1 << 20
 # Python, torch and its thread pools, measured with torch 2.13 (CPU build): not part of the budget.
 LIBRARY_BYTES = 260 << 20
 # Rows are edited in steps of about this many elements (see compute/tiles.py).
-TILE_ELEMENTS = 1 << 17
+TILE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
