@@ -118,7 +118,8 @@ def on_biased(**options: Any) -> Configs:
 
 def on_convs(**options: Any) -> Configs:
     def configs(model: TinyModel) -> tuple[LoraConfig, ...]:
-        targets = [*model.convs, *model.linears]
+        linears = model.biased if "lora_bias" in options else model.linears
+        targets = [*model.convs, *linears]
         return (config(target_modules=targets, **options),) if model.convs else ()
 
     return configs

@@ -36,7 +36,9 @@ def random_tensors(shapes: Shapes, dtype: torch.dtype, *, seed: int = 0, std: fl
     return {name: (torch.randn(shape, generator=generator) * std).to(dtype) for name, shape in shapes.items()}
 
 
-def random_factors(shapes: Shapes, *, rank: int = 4, seed: int = 1, std: float = 0.02) -> dict[str, tuple[Tensor, Tensor]]:
+def random_factors(
+    shapes: Shapes, *, rank: int = 4, seed: int = 1, std: float = 0.02
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Return float32 factors for each 2-D tensor of `shapes`, whose product has about the deviation `std`."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}

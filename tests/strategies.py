@@ -44,9 +44,9 @@ def shapes(draw: st.DrawFn, code: str) -> tuple[int, ...]:
 
 
 @st.composite
-def entries(draw: st.DrawFn, *, codes: Sequence[str] = tuple(DTYPES)) -> list[Entry]:
+def entries(draw: st.DrawFn, *, codes: Sequence[str] = tuple(DTYPES), min_size: int = 0) -> list[Entry]:
     """Tensors with different names."""
-    found = draw(st.lists(names(), unique=True, max_size=8))
+    found = draw(st.lists(names(), unique=True, min_size=min_size, max_size=8))
     of_tensors = [draw(st.sampled_from(codes)) for _ in found]
     return [(name, code, draw(shapes(code))) for name, code in zip(found, of_tensors, strict=True)]
 
@@ -61,8 +61,8 @@ def json_values() -> st.SearchStrategy[object]:
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(max_size=5)
     return st.recursive(
         leaves,
-        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
-        max_leaves=12,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+        max_leaves=5,
     )
 
 
@@ -94,5 +94,7 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
             del mutable[at : at + draw(st.integers(1, 8))]
         else:
             end = at + 1 if change == "set" else at
-            mutable[at:end] = draw(st.binary(min_size=1, max_size=3) | st.sampled_from([b'"', b"}", b"[", b"9", b"\\u"]))
+            mutable[at:end] = draw(
+                st.binary(min_size=1, max_size=3) | st.sampled_from([b'"', b"}", b"[", b"9", b"\\u"])
+            )
     return bytes(mutable)

@@ -16,7 +16,7 @@ from loraweld.record import record_text
 from loraweld.report import MergeReport, human_bytes
 from loraweld.request import MergeRequest, PathLike, make_request
 from loraweld.sinks.existing import ExistingSink
-from loraweld.sinks.folder import finish_published, open_folder_sink, staging_folder
+from loraweld.sinks.folder import discard_staging, finish_published, open_folder_sink, staging_folder
 
 Progress = Callable[[int], None]
 
@@ -114,6 +114,7 @@ def _fulfil(
         return _report(made, 0, made.bytes_written, started=started)
     if _is_taken(request):
         result = _compare(made, record, progress)
+        discard_staging(request.output)
         return _report(made, *result, started=started, was_there=True)
     _check_disk(made)
     with open_folder_sink(request.output, identity=identity, resume=request.resume) as sink:

@@ -47,10 +47,10 @@ class NumericsError(LoraweldError):
     """A result does not exist in the output dtype."""
 
 
-def listing(items: Iterable[str], *, limit: int = 20) -> str:
-    """Return the sorted items, one indented line each, the tail counted when there are more than `limit`."""
+def listing(items: Iterable[str], *, limit: int | None = None) -> str:
+    """Return the sorted items, one indented line each; of more than `limit` the tail is only counted."""
     lines = sorted(items)
     shown = [f"  {line}" for line in lines[:limit]]
-    if len(lines) > limit:
+    if limit is not None and len(lines) > limit:
         shown.append(f"  … and {len(lines) - limit} more")
     return "\n".join(shown)

@@ -70,7 +70,10 @@ class Rounder:
     def _repair(self, out_nC: torch.Tensor, flat: Flat, exact: Exact) -> None:
         if len(flat):
             rows, cols = np.divmod(flat, out_nC.shape[1])
-            out_nC.view(-1)[torch.from_numpy(flat)] = round_once(exact(rows, cols), self.dtype)
+            repaired = round_once(exact(rows, cols), self.dtype)
+            if not bool(torch.isfinite(repaired).all()):
+                raise _not_finite(repaired, self.dtype)
+            out_nC.view(-1)[torch.from_numpy(flat)] = repaired
 
 
 def round_once(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ from loraweld.checkpoint.base import Base, open_base
 from loraweld.checkpoint.hub import locate_base
 from loraweld.checkpoint.jsonfile import dump_json
 from loraweld.errors import MatchError, RequestError, listing
+from loraweld.naming.roles import is_task_head
 from loraweld.naming.tied import Tie, find_ties
 from loraweld.planning.changes import Change, Resolved, combine_claims, resolve_ties
 from loraweld.planning.claims import Claim, ClaimFinder
@@ -107,7 +108,7 @@ def _claims(facts: Facts) -> list[Claim]:
         finder = ClaimFinder(facts.base, adapter, facts.ties)
         finder.find()
         claims += finder.claims
-        problems += finder.problems or check_completeness(facts.base, adapter, finder.claims)
+        problems += finder.problems or check_completeness(facts.base, adapter, finder.claims, facts.ties)
     if problems:
         raise MatchError(
             f"adapter and base {facts.base.label} do not fit; nothing was written:\n{listing(problems)}\n"
@@ -144,11 +145,10 @@ def _recipes(request: MergeRequest, facts: Facts, resolved: Resolved) -> tuple[s
 
 def _head(changes: dict[str, Change]) -> Change | None:
     """The task head that the adapter brings, the weight of its last layer."""
-    names = ("score", "classifier", "qa_outputs")
     found = [
         change
         for name, change in changes.items()
-        if name.endswith(".weight") and set(names) & set(name.split(".")) and change.replacement
+        if name.endswith(".weight") and is_task_head(name) and change.replacement
     ]
     return found[-1] if found else None
 

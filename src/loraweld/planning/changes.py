@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from loraweld.adapter.edits import AddVector, Edit, LowRank, ReplaceRows
 from loraweld.adapter.values import same_values, same_values_transposed
@@ -41,19 +42,19 @@ def combine_claims(claims: Iterable[Claim]) -> dict[str, Change]:
         MatchError: two adapters replace one tensor differently, or one replaces what another edits.
     """
     changes: dict[str, Change] = {}
-    owners: dict[str, str] = {}
+    owners: dict[str, Path] = {}
     problems: list[str] = []
     for claim in sorted(claims, key=lambda claim: claim.replacement is None):
         change = changes.setdefault(claim.name, Change(name=claim.name))
         if claim.replacement is None:
-            if change.replacement and not change.is_copy and owners[claim.name] != claim.adapter:
-                problems.append(f"{claim.name}: {owners[claim.name]} replaces it, {claim.adapter} edits it")
+            if change.replacement and not change.is_copy and owners[claim.name] != claim.owner:
+                problems.append(f"{claim.name}: {owners[claim.name]} replaces it, {claim.owner} edits it")
             change.edits += claim.edits
         elif change.replacement is None:
             change.replacement, change.is_copy = claim.replacement, claim.is_copy
-            owners[claim.name] = claim.adapter
+            owners[claim.name] = claim.owner
         elif not same_values(change.replacement, claim.replacement):
-            problems.append(f"{claim.name}: {owners[claim.name]} and {claim.adapter} replace it differently")
+            problems.append(f"{claim.name}: {owners[claim.name]} and {claim.owner} replace it differently")
     if problems:
         raise MatchError(f"the adapters contradict each other:\n{listing(problems)}\nMerge them one by one")
     return changes
@@ -100,6 +101,9 @@ def _stays_tied(changes: dict[str, Change], tie: Tie, stored: StoredTensor) -> b
         del changes[tie.target]
         return True
     target = changes.setdefault(tie.target, Change(name=tie.target))
+    if source is not None and target.replacement is None and _only_token_rows(source):
+        if not any(isinstance(edit, ReplaceRows) for edit in target.edits):
+            target.edits[:0] = source.edits  # the other side of the tie has the trained rows below its own edits
     if source is not None and source.replacement is not None and target.replacement is None:
         if source.is_copy:
             target.replacement, target.is_copy = source.replacement, True

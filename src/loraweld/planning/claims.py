@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, ReplaceRows
 from loraweld.adapter.files import Adapter
@@ -16,6 +17,7 @@ from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import AdapterError, MatchError
 from loraweld.naming.names import Names
+from loraweld.naming.roles import has_row_per_token, is_task_head
 from loraweld.naming.tied import Tie
 from loraweld.planning.lowrank import embedding_edits, linear_edits
 
@@ -30,11 +32,13 @@ _PART_SETS = {
 class Claim:
     """`adapter` changes tensor `name`: `edits` in order, or `replacement` of the whole tensor.
 
-    `keys` are the adapter tensors consumed. `is_new`: the base does not store `name`. `is_copy`: the
-    replacement is PEFT's copy of the layer it wrapped, which further edits then act on.
+    `owner` is the adapter's folder (two may have one name), `keys` its tensors that are consumed. `is_new`: the
+    base does not store `name`. `is_copy`: the replacement is PEFT's copy of the layer it wrapped, which further
+    edits then act on.
     """
 
     adapter: str
+    owner: Path
     module: str
     name: str
     keys: tuple[str, ...]
@@ -93,7 +97,8 @@ class ClaimFinder:
         if not is_plain_float(tensor.dtype):
             raise AdapterError(f"is stored as {tensor.dtype}, expected a float")
         shape = self._shape(name) if not is_new or name in self._ties else tensor.shape
-        if tensor.shape[1:] != shape[1:]:
+        may_resize = has_row_per_token(name) or is_task_head(name)
+        if tensor.shape != shape and not (may_resize and tensor.shape[1:] == shape[1:]):
             raise MatchError(f"is {tensor.shape}, but {name!r} of the base is {shape}")
         self._shapes[name] = tensor.shape
         module = parameter.rpartition(".")[0]
@@ -150,6 +155,7 @@ class ClaimFinder:
     ) -> Claim:
         return Claim(
             adapter=self._adapter.label,
+            owner=self._adapter.folder,
             module=module,
             name=name,
             keys=tuple(tensor.name for tensor in tensors),

@@ -64,6 +64,7 @@ def companion_files(base: Path, overrides: list[Path]) -> tuple[list[SmallFile],
             left_out.append(name)
         elif name not in _NOT_COPIED:
             chosen[name] = path
+    left_out += [f"{path.name}/" for path in sorted(base.iterdir()) if path.is_dir() and _is_left_out(path)]
     for folder in overrides:
         chosen |= {path.relative_to(folder).as_posix(): path for path in override_files(folder)}
     return [SmallFile(name=name, source=path) for name, path in sorted(chosen.items())], left_out
@@ -89,9 +90,12 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if path.is_file():
             yield path
-        elif path.is_dir() and not path.is_symlink() and path.name not in _SKIPPED_FOLDERS:
-            if not path.name.startswith("checkpoint-"):
-                yield from _walk(path)
+        elif path.is_dir() and not _is_left_out(path):
+            yield from _walk(path)
+
+
+def _is_left_out(folder: Path) -> bool:
+    return folder.is_symlink() or folder.name in _SKIPPED_FOLDERS or folder.name.startswith("checkpoint-")
 
 
 def _token_ids(path: Path) -> Iterator[int]:

@@ -1,53 +1,107 @@
 """Does the adapter file hold what its config says was trained? A truncated file merges only in part otherwise.
 
-Source of the matching rule: PEFT 0.21.2, `check_target_module_exists`; only lists of names are checked, a
-regular expression or an explicit choice of layers says itself which modules are left out.
+Source of the matching rules: PEFT 0.21.2, `check_target_module_exists` (tuners_utils.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from loraweld.adapter.edits import ReplaceRows
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
+from loraweld.errors import AdapterError
+from loraweld.naming.tied import Tie
 from loraweld.planning.claims import Claim
 
-_EXPLICIT_CHOICES = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def check_completeness(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> list[str]:
-    """Return a problem for each module that the config targets, the base has, and the adapter lacks."""
-    targets = adapter.config.target_modules
-    if not isinstance(targets, tuple) or any(adapter.config.raw.get(key) for key in _EXPLICIT_CHOICES):
-        return []
+def check_completeness(base: Base, adapter: Adapter, claims: Sequence[Claim], ties: Sequence[Tie]) -> list[str]:
+    """Return a problem for each thing that the config says was trained, the base has, and the adapter lacks."""
+    problems = _missing_targets(base, adapter, claims) + _missing_saved(base, adapter, claims, ties)
+    rows = any(isinstance(edit, ReplaceRows) for claim in claims for edit in claim.edits)
+    if adapter.config.token_indices and not rows:
+        problems.append("trainable_token_indices is set, but the file holds no trained rows")
+    return [f"{adapter.label}: {problem}" for problem in problems]
+
+
+def _missing_targets(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> list[str]:
+    """Modules that PEFT would have adapted, next to others of their kind or of their name that it has adapted.
+
+    Modules of a kind that the trained class may not have had (another tower, a prediction layer) are let be.
+    """
     stored = [name.removesuffix(".weight") for name, t in base.tensors.items() if len(t.shape) > 1]
     claimed = {claim.name.removesuffix(".weight") for claim in claims}
-    absent = [
-        f"{adapter.label}: target {target!r} is in adapter_config.json and in the base, but not in the file"
-        for target in targets
-        if not any(_matches(claim.module, target) or _matches(claim.name, target) for claim in claims)
-        and any(_matches(module, target) for module in stored)
-    ]
+    names = {_last(path) for claim in claims for path in (claim.module, claim.name.removesuffix(".weight"))}
     kinds = {_kind(module) for module in claimed}
-    partial = [
-        f"{adapter.label}: {module}: other layers of its kind have tensors in the file, this one has none"
+    return [
+        f"{module}: target_modules names it and the base has it, but the file has no tensors for it"
         for module in stored
         if module not in claimed
-        and _kind(module) in kinds
-        and any(_matches(module, target) for target in targets)
+        and (_kind(module) in kinds or _last(module) not in names)
+        and _is_target(module, adapter)
         and not _is_extra_layer(module, base)
     ]
-    return absent + partial
 
 
-def _matches(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")
+def _missing_saved(base: Base, adapter: Adapter, claims: Sequence[Claim], ties: Sequence[Tie]) -> list[str]:
+    known = [name.rpartition(".")[0] for name in (*base.tensors, *(tie.target for tie in ties))]
+    return [
+        f"{saved}: modules_to_save names it and the base has it, but the file does not hold it"
+        for saved in adapter.config.modules_to_save
+        if any(_ends(module, [saved]) for module in known)
+        and not any(f".{saved}." in f".{claim.module}." for claim in claims)
+    ]
+
+
+def _is_target(module: str, adapter: Adapter) -> bool:
+    raw, path = adapter.config.raw, adapter.config.path
+    if raw.get("exclude_modules") and _matches(module, raw["exclude_modules"], path):
+        return False
+    if adapter.config.target_modules is None or not _matches(module, adapter.config.target_modules, path):
+        return False
+    layers = raw.get("layers_to_transform")
+    if layers is None:
+        return True
+    number = _layer_number(module, raw.get("layers_pattern"))
+    return number in (layers if isinstance(layers, list) else [layers])
+
+
+def _matches(module: str, targets: Any, path: object) -> bool:
+    """A string is a regular expression for the whole path, a list holds path ends."""
+    if isinstance(targets, str):
+        try:
+            return re.fullmatch(targets, module) is not None
+        except re.error as error:
+            raise AdapterError(f"{path}: {targets!r} is not a valid regular expression ({error})") from None
+    return _ends(module, targets)
+
+
+def _ends(module: str, targets: Iterable[object]) -> bool:
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _layer_number(module: str, pattern: object) -> int | None:
+    """The first number in the path, or the one after one of the names in `pattern`."""
+    if not pattern:
+        number = _NUMBER.search(module)
+        return int(number[0]) if number else None
+    for name in pattern if isinstance(pattern, list) else [pattern]:
+        found = re.match(rf".*\.{name}\.(\d+)\.", module)
+        if found:
+            return int(found[1])
+    return None
 
 
 def _kind(module: str) -> str:
     return _NUMBER.sub("#", module)
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _is_extra_layer(module: str, base: Base) -> bool:

@@ -38,7 +38,8 @@ def edited_config(config: Mapping[str, Any], edits: ConfigEdits) -> dict[str, An
         _set_dtype(result, edits.dtype)
     if edits.vocab_size is not None:
         for level in _text_levels(result):
-            level["vocab_size"] = edits.vocab_size
+            if "vocab_size" in level or level is not result:
+                level["vocab_size"] = edits.vocab_size
     if edits.untie and flag_is_free(config):
         for level in _text_levels(result):
             level["tie_word_embeddings"] = False
@@ -53,17 +54,11 @@ def task_head(task_type: str) -> str | None:
 
 
 def _text_levels(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The top level, and the text model's own level in a model with several parts.
-
-    A key that belongs to the text model alone is not added at the top of such a config.
-    """
+    """The top level, and the text model's own level in a model with several parts."""
+    yield config
     text = config.get("text_config")
     if isinstance(text, dict):
         yield text
-        if "vocab_size" in config or "tie_word_embeddings" in config:
-            yield config
-    else:
-        yield config
 
 
 def _set_dtype(level: dict[str, Any], code: str) -> None:

@@ -7,17 +7,8 @@ from collections.abc import Mapping
 from loraweld.adapter.edits import GrowRows
 from loraweld.checkpoint.base import Base
 from loraweld.errors import MatchError
+from loraweld.naming.roles import has_row_per_token, is_embedding, is_head_bias
 from loraweld.planning.changes import Change
-
-_EMBEDDING_ENDS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "shared.weight",
-    "embed_in.weight",
-)
-_HEAD_ENDS = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "cls.predictions.decoder.weight")
-_HEAD_BIASES = ("lm_head.bias", "cls.predictions.bias", "cls.predictions.decoder.bias")
 
 
 def grow_to_tokenizer(base: Base, changes: dict[str, Change], needed: int | None) -> str | None:
@@ -31,7 +22,7 @@ def grow_to_tokenizer(base: Base, changes: dict[str, Change], needed: int | None
         return None
     for name in short:
         change = changes.setdefault(name, Change(name=name))
-        if change.replacement is not None or any(name.endswith(end) for end in _HEAD_BIASES):
+        if change.replacement is not None or is_head_bias(name):
             raise MatchError(
                 f"the tokenizer has {needed} tokens but {name!r} has {_rows(base, changes, name)} rows and cannot "
                 "be grown; save the adapter with its resized embeddings, or give the base's --tokenizer"
@@ -63,10 +54,8 @@ def new_vocab_size(base: Base, changes: Mapping[str, Change]) -> int | None:
 
 
 def _vocabulary_tensors(base: Base, changes: Mapping[str, Change]) -> list[str]:
-    names = {*base.tensors, *changes}
-    ends = (*_EMBEDDING_ENDS, *_HEAD_ENDS, *_HEAD_BIASES)
-    found = [name for name in names if f".{name}".endswith(tuple(f".{end}" for end in ends))]
-    sizes = {_was(base, name) for name in found if name.endswith(_EMBEDDING_ENDS)}
+    found = [name for name in {*base.tensors, *changes} if has_row_per_token(name)]
+    sizes = {_was(base, name) for name in found if is_embedding(name)}
     # An embedding of another part of the model (a vision codebook, say) is not the vocabulary.
     main = max((size for size in sizes if size), default=None)
     return sorted(name for name in found if _was(base, name) in (None, main))
@@ -86,4 +75,4 @@ def _rows(base: Base, changes: Mapping[str, Change], name: str) -> int:
             return change.replacement.rows
     was = _was(base, name)
     # A new tied head without a replacement starts from the embedding as the base has it.
-    return was if was is not None else max(base.tensors[n].rows for n in base.tensors if n.endswith(_EMBEDDING_ENDS))
+    return was if was is not None else max(base.tensors[n].rows for n in base.tensors if is_embedding(n))

@@ -10,6 +10,7 @@ A reader of parent/NAME sees a complete model or what was there before.
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -139,6 +140,7 @@ def finish_published(target: Path, *, identity: str) -> bool:
         OutputError: another merge into the same place is running.
     """
     staging = staging_folder(target)
+    _sweep(staging)
     if not staging.exists():
         return False
     with _locked(target, staging):
@@ -149,6 +151,14 @@ def finish_published(target: Path, *, identity: str) -> bool:
         return True
 
 
+def discard_staging(target: Path) -> None:
+    """Remove what is staged for an output that turned out to be complete."""
+    staging = staging_folder(target)
+    if staging.exists():
+        with _locked(target, staging):
+            _remove(staging)
+
+
 @contextmanager
 def _locked(target: Path, staging: Path) -> Iterator[None]:
     with system.exclusive_lock(staging / "lock") as locked:
@@ -156,8 +166,6 @@ def _locked(target: Path, staging: Path) -> Iterator[None]:
             raise OutputError(
                 "another merge into this place is running; wait for it or choose another output", path=target
             )
-        for left in staging.parent.glob(f"{staging.name}.removed-*"):
-            shutil.rmtree(left, ignore_errors=True)
         yield
 
 
@@ -166,6 +174,12 @@ def _remove(staging: Path) -> None:
     aside = staging.with_name(f"{staging.name}.removed-{os.getpid()}")
     staging.replace(aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(staging: Path) -> None:
+    """Finish the removals that a kill has interrupted."""
+    for left in staging.parent.glob(f"{glob.escape(staging.name)}.removed-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _restore_interrupted_replace(target: Path, staging: Path) -> None:

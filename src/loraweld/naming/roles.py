@@ -1,0 +1,32 @@
+"""Which tensors have a row per token, and which belong to a task head: the only ones whose first size may change."""
+
+from __future__ import annotations
+
+EMBEDDING_ENDS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight")
+_HEAD_ENDS = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "decoder.weight")
+_HEAD_BIAS_ENDS = ("lm_head.bias", "predictions.bias", "predictions.decoder.bias", "lm_head.decoder.bias")
+_TASK_HEADS = frozenset({"score", "classifier", "qa_outputs"})
+
+
+def is_embedding(name: str) -> bool:
+    """True for an input embedding."""
+    return _ends(name, EMBEDDING_ENDS)
+
+
+def is_head_bias(name: str) -> bool:
+    """True for the bias of an output embedding."""
+    return _ends(name, _HEAD_BIAS_ENDS)
+
+
+def has_row_per_token(name: str) -> bool:
+    """True for input and output embeddings and the latter's bias."""
+    return is_embedding(name) or is_head_bias(name) or _ends(name, _HEAD_ENDS)
+
+
+def is_task_head(name: str) -> bool:
+    """True for the parameters of a classification or question-answering head."""
+    return not _TASK_HEADS.isdisjoint(name.split("."))
+
+
+def _ends(name: str, ends: tuple[str, ...]) -> bool:
+    return f".{name}".endswith(tuple(f".{end}" for end in ends))
