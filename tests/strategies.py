@@ -14,6 +14,10 @@ from loraweld.dtypes import DTYPES
 
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype code, shape
 
+# Any name that UTF-8 can hold; `__metadata__` is not a tensor.
+NAMES = st.text(max_size=12).filter(lambda name: name != "__metadata__")
+METADATA = st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)
+
 # No limit on the time of an example: the machine may be busy.
 settings.register_profile("loraweld", deadline=None)
 settings.load_profile("loraweld")
@@ -31,11 +35,6 @@ def near_ties(draw: st.DrawFn, form: Format) -> float:
     return value * draw(st.sampled_from([-1, 1]))
 
 
-def names() -> st.SearchStrategy[str]:
-    """Any name that UTF-8 can hold; `__metadata__` is not a tensor."""
-    return st.text(max_size=12).filter(lambda name: name != "__metadata__")
-
-
 @st.composite
 def shapes(draw: st.DrawFn, code: str) -> tuple[int, ...]:
     """A shape of few elements; those smaller than a byte fill whole bytes together."""
@@ -46,13 +45,9 @@ def shapes(draw: st.DrawFn, code: str) -> tuple[int, ...]:
 @st.composite
 def entries(draw: st.DrawFn, *, codes: Sequence[str] = tuple(DTYPES), min_size: int = 0) -> list[Entry]:
     """Tensors with different names."""
-    found = draw(st.lists(names(), unique=True, min_size=min_size, max_size=8))
+    found = draw(st.lists(NAMES, unique=True, min_size=min_size, max_size=8))
     of_tensors = [draw(st.sampled_from(codes)) for _ in found]
     return [(name, code, draw(shapes(code))) for name, code in zip(found, of_tensors, strict=True)]
-
-
-def metadata() -> st.SearchStrategy[dict[str, str]]:
-    return st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)
 
 
 def json_values() -> st.SearchStrategy[object]:
@@ -69,15 +64,16 @@ def json_values() -> st.SearchStrategy[object]:
 @st.composite
 def header_like_entries(draw: st.DrawFn) -> bytes:
     """The JSON of a header whose fields have the right names and any values."""
-    numbers = st.integers(-2, 6) | st.sampled_from([2**48, 2**63, 10**30, True, None, 1.0])
+    numbers = st.sampled_from([0, 1, 2, 4, 6, -1, 2**48, 2**63, 10**30, True, None, 1.0])
+    other = st.sampled_from([None, "", 7, [], {}, [[]], [{}]])
     entry = st.fixed_dictionaries(
-        {"dtype": st.sampled_from(["U8", "F32", "F4", "X1"]) | json_values()},
-        optional={
-            "shape": st.lists(numbers, max_size=3) | json_values(),
-            "data_offsets": st.lists(numbers, min_size=2, max_size=2) | json_values(),
-        },
+        {
+            "dtype": st.sampled_from(["U8", "F32", "F4", "X1"]) | other,
+            "shape": st.lists(numbers, max_size=3) | other,
+            "data_offsets": st.tuples(numbers, numbers) | other,
+        }
     )
-    body = draw(st.dictionaries(st.sampled_from(["a", "b", "c", "__metadata__"]), entry | json_values(), max_size=3))
+    body = draw(st.dictionaries(st.sampled_from(["a", "b", "c", "__metadata__"]), entry | other, max_size=3))
     return json.dumps(body).encode()
 
 

@@ -36,7 +36,7 @@ def payload(entries: list[Entry]) -> list[bytes]:
     return [bytes((7 * number + i) % 251 for i in range(size)) for number, size in enumerate(sizes)]
 
 
-@given(entries=strategies.entries(), metadata=strategies.metadata(), align_to=st.integers(0, 3 * PAGE_BYTES))
+@given(entries=strategies.entries(), metadata=strategies.METADATA, align_to=st.integers(0, 3 * PAGE_BYTES))
 def test_the_library_reads_what_is_built(entries: list[Entry], metadata: dict[str, str], align_to: int) -> None:
     """A built header has the tensors in order, the metadata, and data at `align_to` modulo a page."""
     header, data = build_header(entries, metadata, align_to=align_to), payload(entries)
@@ -53,7 +53,7 @@ def as_torch(code: str, shape: tuple[int, ...], data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
 
 
-@given(entries=strategies.entries(codes=TORCH_CODES), metadata=strategies.metadata())
+@given(entries=strategies.entries(codes=TORCH_CODES), metadata=strategies.METADATA)
 def test_what_the_library_writes_is_read(entries: list[Entry], metadata: dict[str, str]) -> None:
     """Names, shapes, dtypes, metadata and the place of every byte come back."""
     written = dict(zip(entries, payload(entries), strict=True))
@@ -66,7 +66,7 @@ def test_what_the_library_writes_is_read(entries: list[Entry], metadata: dict[st
     assert sum(e.end - e.start for e in header.entries) == len(data)
 
 
-@given(entries=strategies.entries(), metadata=strategies.metadata(), align_to=st.integers(0, PAGE_BYTES))
+@given(entries=strategies.entries(), metadata=strategies.METADATA, align_to=st.integers(0, PAGE_BYTES))
 def test_build_and_parse_are_inverse(entries: list[Entry], metadata: dict[str, str], align_to: int) -> None:
     """Parsing a built header gives back what it was built from, and its very bytes."""
     raw = build_header(entries, metadata, align_to=align_to)
@@ -208,7 +208,7 @@ def test_any_entries_are_parsed_or_refused(body: bytes, num_data: int) -> None:
     check_parsed_or_refused(file_of(body, data=bytes(num_data)))
 
 
-@given(data=st.data(), entries=strategies.entries(), metadata=strategies.metadata())
+@given(data=st.data(), entries=strategies.entries(), metadata=strategies.METADATA)
 def test_damaged_files_are_parsed_or_refused(
     data: st.DataObject, entries: list[Entry], metadata: dict[str, str]
 ) -> None:

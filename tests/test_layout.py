@@ -51,13 +51,13 @@ def base_of(files: Sequence[SafetensorsFile], index: Mapping[str, object] | None
 
 
 @st.composite
-def bases(draw: st.DrawFn, *, metadata: st.SearchStrategy[dict[str, str]] | None = None) -> Base:
+def bases(draw: st.DrawFn, *, metadata: st.SearchStrategy[dict[str, str]] = strategies.METADATA) -> Base:
     """One to three files of one or more tensors each; headers of any length modulo a page."""
     entries = draw(strategies.entries(min_size=1))
     ends = sorted({*draw(st.sets(st.integers(1, len(entries)), max_size=2)), len(entries)})
     files = []
     for start, end in pairwise([0, *ends]):
-        chosen = draw(metadata or strategies.metadata())
+        chosen = draw(metadata)
         align_to = draw(st.integers(0, PAGE_BYTES - 1))
         files.append(stored_file(f"{start}.safetensors", entries[start:end], chosen, align_to))
     return base_of(files)

@@ -115,9 +115,7 @@ UNMERGEABLE = {
 
 
 @pytest.mark.parametrize(("config", "words"), UNMERGEABLE.values(), ids=UNMERGEABLE)
-def test_adapters_of_other_kinds_are_refused_by_name(
-    config: dict[str, Any], words: list[str], tmp_path: Path
-) -> None:
+def test_adapters_of_other_kinds_are_refused_by_name(config: dict[str, Any], words: list[str], tmp_path: Path) -> None:
     """LoHa … AdaLoRA gave the base; LoftQ, CorDA, pissa_niter, lora_ga a merge onto the wrong base; replicated
     layers one sum of all: merge, or refuse naming the tuner type or the option, with the conversion option."""
     save_llama(tmp_path / "base")
@@ -571,7 +569,9 @@ def test_a_tokenizer_smaller_than_a_padded_table_changes_nothing(tmp_path: Path)
     base = load_folder(save_llama(tmp_path / "base"))
     adapter = save_adapter(tmp_path / "adapter", Q_BOTH)
     (adapter / "tokenizer.json").write_text(tokenizer_json(VOCAB - 7))
-    assert_only_changed(merge(tmp_path, adapter), base, {f"{module}.weight" for module in MODULES if "q_proj" in module})
+    assert_only_changed(
+        merge(tmp_path, adapter), base, {f"{module}.weight" for module in MODULES if "q_proj" in module}
+    )
     assert merged_config(tmp_path)["vocab_size"] == VOCAB
 
 
@@ -708,11 +708,17 @@ def test_a_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
     """Overflow to inf is an error that names the tensor and a dtype that would hold it."""
     weight = torch.full((16, 16), 60_000.0)
     save_llama(tmp_path / "base", torch.float16, more={f"{Q_PROJ}.weight": weight.half()})
-    adapter = save_adapter(
-        tmp_path / "adapter", {name: tensor.abs() * 100 for name, tensor in loras(Q_PROJ).items()}, layers_to_transform=[0]
-    )
+    large = {name: tensor.abs() * 100 for name, tensor in loras(Q_PROJ).items()}
+    adapter = save_adapter(tmp_path / "adapter", large, layers_to_transform=[0])
     assert_refused(tmp_path, adapter, words=[f"{Q_PROJ}.weight", "float16", "bfloat16"], in_planning=False)
     assert torch.isfinite(merge(tmp_path, adapter, dtype="bfloat16")[f"{Q_PROJ}.weight"]).all()
+
+
+def test_an_untouched_value_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
+    """The same for a tensor that no adapter touches and that is only converted."""
+    save_llama(tmp_path / "base", more={"model.norm.weight": torch.full((16,), 1e6).bfloat16()})
+    adapter = save_adapter(tmp_path / "adapter", Q_BOTH)
+    assert_refused(tmp_path, adapter, words=["model.norm.weight", "float16"], in_planning=False, dtype="float16")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -841,8 +847,9 @@ def test_options_that_do_not_exist_are_not_swallowed(name: str, tmp_path: Path) 
     """Options accepted and ignored: honour or refuse each."""
     save_llama(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", Q_BOTH)
+    options: dict[str, Any] = {name: True}
     with pytest.raises(TypeError, match=name):
-        loraweld.merge(adapter, output=tmp_path / "merged", base=tmp_path / "base", **{name: True})
+        loraweld.merge(adapter, output=tmp_path / "merged", base=tmp_path / "base", **options)
     assert not (tmp_path / "merged").exists()
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from loraweld.errors import LoraweldError, OutputError
+from loraweld.errors import LoraweldError, OutputError, RequestError
 from loraweld.planning.build import Facts, build_plan, gather_facts
 from loraweld.planning.lora_output import plan_lora
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan
@@ -83,11 +83,18 @@ def merge(
 
 
 def plan_request(request: MergeRequest) -> tuple[MergePlan, Facts | None]:
-    """Open the inputs and plan; an adapter written alone has no facts of a base."""
-    if request.save_method == "lora":
-        return plan_lora(request), None
-    facts = gather_facts(request)
-    return build_plan(request, facts), facts
+    """Open the inputs and plan; an adapter written alone has no facts of a base.
+
+    Raises:
+        LoraweldError: the merge would be refused.
+    """
+    try:
+        if request.save_method == "lora":
+            return plan_lora(request), None
+        facts = gather_facts(request)
+        return build_plan(request, facts), facts
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
 
 
 def merge_request(
@@ -138,7 +145,7 @@ def _compare(made: MergePlan, record: str | None, progress: Progress) -> tuple[i
         OutputError: it is something else.
     """
     path = made.output / RECORD_NAME
-    if record is None or not path.is_file() or path.read_bytes() != record.encode():
+    if record is not None and (not path.is_file() or path.read_bytes() != record.encode()):
         raise OutputError(_TAKEN, path=made.output)
     return _run(made, ExistingSink(made.output), record, progress)
 

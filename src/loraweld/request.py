@@ -6,14 +6,18 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 
-from loraweld.errors import RequestError
+from loraweld.errors import OutputError, RequestError
 
 SAVE_METHODS = ("merged_16bit", "lora")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MIN_MEMORY_BYTES = 64 * 10**6
+MAX_SIZE_BYTES = 2**62
+MAX_WORKERS = 256
+DEFAULT_WORKERS = 4
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
@@ -56,21 +60,22 @@ def make_request(
 
     Raises:
         RequestError: an unknown name, a size that cannot be read or is too small, no adapter.
+        OutputError: the output's name is none that the file system takes.
     """
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     if not adapters:
         raise RequestError("no adapter was given; expected one or more PEFT folders")
-    if workers is not None and workers < 1:
-        raise RequestError(f"workers is {workers}, expected 1 or more")
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise RequestError(f"workers is {workers}, expected 1 to {MAX_WORKERS}")
     return MergeRequest(
         adapters=tuple(Path(path) for path in adapters),
-        output=Path(output),
+        output=_output(Path(output)),
         base=None if base is None else os.fspath(base),
         save_method=_choice("save_method", save_method, SAVE_METHODS),
         dtype=_choice("dtype", dtype, DTYPES),
         max_shard_bytes=None if max_shard_size is None else parse_size("max_shard_size", max_shard_size),
         max_memory_bytes=_memory(max_memory),
-        workers=workers or 4,
+        workers=workers or DEFAULT_WORKERS,
         overwrite=overwrite,
         resume=resume,
         tokenizer=None if tokenizer is None else Path(tokenizer),
@@ -89,10 +94,18 @@ def parse_size(option: str, value: int | str) -> int:
         match = _SIZE.fullmatch(str(value))
         if match is None or match[2].upper() not in _UNITS:
             raise RequestError(f"{option} is {value!r}, expected a size such as 500MB, 5GB or 5GiB")
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size < 1:
-        raise RequestError(f"{option} is {value!r}, expected more than zero bytes")
+        size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    if not 1 <= size <= MAX_SIZE_BYTES:
+        raise RequestError(f"{option} is {value!r}, expected more than zero bytes and at most 4 EiB")
     return size
+
+
+def _output(path: Path) -> Path:
+    """A link stands for the folder it points to: that is where the model appears."""
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except OSError as error:
+        raise OutputError(f"output {str(path)[:200]}: {error.strerror}") from None
 
 
 def _memory(value: int | str) -> int:

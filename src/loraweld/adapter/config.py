@@ -57,9 +57,11 @@ class AdapterConfig:
     init: str
     modules_to_save: tuple[str, ...]
     target_modules: tuple[str, ...] | str | None
+    exclude_modules: tuple[str, ...] | str | None
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
     token_indices: Mapping[str, tuple[int, ...]]
     task_type: str
-    model_class: str
     base: str | None
     revision: str | None
 
@@ -107,12 +109,14 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         alpha_pattern={k: _finite(v, "alpha_pattern", path) for k, v in _mapping(raw, "alpha_pattern", path).items()},
         init=_init(raw.get("init_lora_weights", True), path),
         modules_to_save=tuple(_names(raw.get("modules_to_save"), "modules_to_save", path)),
-        target_modules=_targets(raw.get("target_modules"), path),
+        target_modules=_targets(raw, "target_modules", path),
+        exclude_modules=_targets(raw, "exclude_modules", path),
+        layers=_layers(raw.get("layers_to_transform"), path),
+        layers_pattern=_layers_pattern(raw, path),
         token_indices=_token_indices(raw.get("trainable_token_indices"), path),
         task_type=str(raw.get("task_type") or ""),
-        model_class=str((raw.get("auto_mapping") or {}).get("base_model_class") or ""),
-        base=raw.get("base_model_name_or_path") or None,
-        revision=raw.get("revision") or None,
+        base=_text(raw, "base_model_name_or_path", path),
+        revision=_text(raw, "revision", path),
     )
 
 
@@ -158,6 +162,13 @@ def _value(raw: Mapping[str, Any], key: str, kind: type, path: Path, *, default:
     return value
 
 
+def _text(raw: Mapping[str, Any], key: str, path: Path) -> str | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, str):
+        raise AdapterError(f"{key} is {value!r}, expected a string", path=path)
+    return value or None
+
+
 def _mapping(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
@@ -185,8 +196,24 @@ def _names(value: object, key: str, path: Path) -> list[str]:
     return value
 
 
-def _targets(value: object, path: Path) -> tuple[str, ...] | str | None:
-    return value if isinstance(value, str) else tuple(_names(value, "target_modules", path)) or None
+def _targets(raw: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...] | str | None:
+    """A string is a regular expression for the whole path of a module, a list holds ends of paths."""
+    value = raw.get(key)
+    return value or None if isinstance(value, str) else tuple(_names(value, key, path)) or None
+
+
+def _layers(value: object, path: Path) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    numbers: list[Any] = value if isinstance(value, list) else [value]
+    if not all(type(number) is int for number in numbers):
+        raise AdapterError(f"layers_to_transform is {value!r}, expected layer numbers", path=path)
+    return tuple(numbers)
+
+
+def _layers_pattern(raw: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    found = _targets(raw, "layers_pattern", path)
+    return (found,) if isinstance(found, str) else found or ()
 
 
 def _token_indices(value: object, path: Path) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,16 @@ from loraweld.errors import CheckpointError, listing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_CONFIG_TYPES: dict[str, type] = {
+    "model_type": str,
+    "architectures": list,
+    "text_config": dict,
+    "quantization_config": dict,
+    "id2label": dict,
+    "vocab_size": int,
+    "num_hidden_layers": int,
+    "tie_word_embeddings": bool,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +44,7 @@ class Base:
     @property
     def model_type(self) -> str:
         """The config's model_type, or "" when there is none."""
-        value = self.config.get("model_type")
-        return value if isinstance(value, str) else ""
+        return str(self.config.get("model_type") or "")
 
     @property
     def main_dtype(self) -> str:
@@ -58,6 +67,7 @@ def open_base(folder: Path, *, label: str | None = None, commit: str | None = No
         raise CheckpointError("is not a folder; --base takes a model folder or a Hub id", path=folder)
     config_path = folder / "config.json"
     config = read_json_object(config_path) if config_path.exists() else {}
+    _check_config(config, config_path)
     index_path = folder / INDEX_NAME
     index = read_json_object(index_path) if index_path.exists() else None
     names = _indexed_files(index, index_path) if index is not None else _weight_files(folder)
@@ -74,6 +84,14 @@ def open_base(folder: Path, *, label: str | None = None, commit: str | None = No
         config=config,
         tensors=tensors,
     )
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """The keys that merging reads must be of the types that transformers writes; null means absent."""
+    for key, kind in _CONFIG_TYPES.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{key} is {str(value)[:80]!r}, expected a JSON {kind.__name__}", path=path)
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -96,6 +114,8 @@ def _indexed_files(index: Mapping[str, Any], path: Path) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("has no weight_map; is it the index of a sharded model?", path=path)
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise CheckpointError("has metadata that is not a JSON object", path=path)
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if not _stays_inside(name):

@@ -110,6 +110,7 @@ def _token_ids(path: Path) -> Iterator[int]:
     else:
         model, added = content.get("model"), content.get("added_tokens")
         vocab = model.get("vocab") if isinstance(model, dict) else None
-        found = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab or ())))
-        found += [token.get("id") for token in added or () if isinstance(token, dict)]
+        found = list(vocab.values()) if isinstance(vocab, dict) else []
+        found += range(len(vocab)) if isinstance(vocab, list) else ()
+        found += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     yield from (token_id for token_id in found if type(token_id) is int)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
 
+from loraweld.adapter.config import AdapterConfig
 from loraweld.adapter.edits import ReplaceRows
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
@@ -42,7 +43,7 @@ def _missing_targets(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> l
         for module in stored
         if module not in claimed
         and (_kind(module) in kinds or _last(module) not in names)
-        and _is_target(module, adapter)
+        and _is_target(module, adapter.config)
         and not _is_extra_layer(module, base)
     ]
 
@@ -57,43 +58,32 @@ def _missing_saved(base: Base, adapter: Adapter, claims: Sequence[Claim], ties: 
     ]
 
 
-def _is_target(module: str, adapter: Adapter) -> bool:
-    raw, path = adapter.config.raw, adapter.config.path
-    if raw.get("exclude_modules") and _matches(module, raw["exclude_modules"], path):
+def _is_target(module: str, config: AdapterConfig) -> bool:
+    if _matches(module, config.exclude_modules, config.path) or not _matches(
+        module, config.target_modules, config.path
+    ):
         return False
-    if adapter.config.target_modules is None or not _matches(module, adapter.config.target_modules, path):
-        return False
-    layers = raw.get("layers_to_transform")
-    if layers is None:
-        return True
-    number = _layer_number(module, raw.get("layers_pattern"))
-    return number in (layers if isinstance(layers, list) else [layers])
+    return config.layers is None or _layer_number(module, config.layers_pattern) in config.layers
 
 
-def _matches(module: str, targets: Any, path: object) -> bool:
-    """A string is a regular expression for the whole path, a list holds path ends."""
+def _matches(module: str, targets: tuple[str, ...] | str | None, path: Path) -> bool:
     if isinstance(targets, str):
         try:
             return re.fullmatch(targets, module) is not None
         except re.error as error:
-            raise AdapterError(f"{path}: {targets!r} is not a valid regular expression ({error})") from None
-    return _ends(module, targets)
+            raise AdapterError(f"{targets!r} is not a valid regular expression ({error})", path=path) from None
+    return _ends(module, targets or ())
 
 
-def _ends(module: str, targets: Iterable[object]) -> bool:
+def _ends(module: str, targets: Iterable[str]) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
-def _layer_number(module: str, pattern: object) -> int | None:
-    """The first number in the path, or the one after one of the names in `pattern`."""
-    if not pattern:
-        number = _NUMBER.search(module)
-        return int(number[0]) if number else None
-    for name in pattern if isinstance(pattern, list) else [pattern]:
-        found = re.match(rf".*\.{name}\.(\d+)\.", module)
-        if found:
-            return int(found[1])
-    return None
+def _layer_number(module: str, patterns: Sequence[str]) -> int | None:
+    """The first number in the path, or the one after a name that one of `patterns` matches."""
+    expressions = [rf"\.{pattern}\.(\d+)\." for pattern in patterns] or [_NUMBER.pattern]
+    found = next((hit for expression in expressions if (hit := re.search(expression, module))), None)
+    return int(found[found.lastindex or 0]) if found else None
 
 
 def _kind(module: str) -> str:

@@ -100,6 +100,10 @@ class SmallFile:
     source: Path | None = None
     text: str | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        return self.source.stat().st_size if self.source else len((self.text or "").encode())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleLine:
@@ -142,11 +146,7 @@ class MergePlan:
     @cached_property
     def bytes_written(self) -> int:
         """Bytes of the finished output, small files included."""
-        small = sum(
-            len((file.text or "").encode()) if file.source is None else file.source.stat().st_size
-            for file in self.small
-        )
-        return small + sum(file.num_bytes for file in self.weights)
+        return sum(file.num_bytes for file in self.weights) + sum(file.num_bytes for file in self.small)
 
     @cached_property
     def bytes_read(self) -> int:
@@ -190,8 +190,8 @@ class MergePlan:
             "output": str(self.output),
             "save_method": self.save_method,
             "dtype": self.dtype,
-            "files": [{"name": f.name, "bytes": f.num_bytes} for f in self.weights]
-            + [{"name": f.name, "from": str(f.source) if f.source else "written"} for f in self.small],
+            "files": [{"name": file.name, "bytes": file.num_bytes} for file in self.weights]
+            + [{"name": file.name, "bytes": file.num_bytes} for file in self.small],
             "recipes": dict(self.recipes_by_kind),
             "modules": [
                 {"adapter": m.adapter, "module": m.module, "tensor": m.tensor, "what": m.what} for m in self.modules
