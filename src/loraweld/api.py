@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraweld.errors import LoraweldError, OutputError, RequestError
-from loraweld.planning.build import Facts, build_plan, gather_facts
+from loraweld.planning.build import build_plan
+from loraweld.planning.facts import Facts, gather_facts
 from loraweld.planning.lora_output import plan_lora
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan
 from loraweld.record import record_text

@@ -13,7 +13,7 @@ from typing import Any
 from loraweld._version import __version__
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.jsonfile import dump_json
-from loraweld.planning.build import Facts
+from loraweld.planning.facts import Facts
 from loraweld.planning.merge_plan import MergePlan
 
 _PIECE_BYTES = 1 << 20

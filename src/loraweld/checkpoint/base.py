@@ -14,6 +14,7 @@ from loraweld.errors import CheckpointError, listing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
 _CONFIG_TYPES: dict[str, type] = {
     "model_type": str,
     "architectures": list,
@@ -65,7 +66,7 @@ def open_base(folder: Path, *, label: str | None = None, commit: str | None = No
     """
     if not folder.is_dir():
         raise CheckpointError("is not a folder; --base takes a model folder or a Hub id", path=folder)
-    config_path = folder / "config.json"
+    config_path = folder / CONFIG_NAME
     config = read_json_object(config_path) if config_path.exists() else {}
     _check_config(config, config_path)
     index_path = folder / INDEX_NAME

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-EMBEDDING_ENDS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight")
+_EMBEDDING_ENDS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight")
 _HEAD_ENDS = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "decoder.weight")
 _HEAD_BIAS_ENDS = ("lm_head.bias", "predictions.bias", "predictions.decoder.bias", "lm_head.decoder.bias")
 _TASK_HEADS = frozenset({"score", "classifier", "qa_outputs"})
@@ -10,7 +10,7 @@ _TASK_HEADS = frozenset({"score", "classifier", "qa_outputs"})
 
 def is_embedding(name: str) -> bool:
     """True for an input embedding."""
-    return _ends(name, EMBEDDING_ENDS)
+    return _ends(name, _EMBEDDING_ENDS)
 
 
 def is_head_bias(name: str) -> bool:
@@ -20,7 +20,12 @@ def is_head_bias(name: str) -> bool:
 
 def has_row_per_token(name: str) -> bool:
     """True for input and output embeddings and the latter's bias."""
-    return is_embedding(name) or is_head_bias(name) or _ends(name, _HEAD_ENDS)
+    return is_embedding(name) or is_head_bias(name) or is_output_embedding(name)
+
+
+def is_output_embedding(name: str) -> bool:
+    """True for the weight that turns hidden states into logits of tokens."""
+    return _ends(name, _HEAD_ENDS)
 
 
 def is_task_head(name: str) -> bool:

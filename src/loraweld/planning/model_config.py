@@ -8,15 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loraweld.checkpoint.base import CONFIG_NAME, Base
+from loraweld.checkpoint.jsonfile import dump_json
 from loraweld.dtypes import FLOAT_CODE_BY_NAME
 from loraweld.naming.tied import flag_is_free
+from loraweld.planning.merge_plan import SmallFile
+from loraweld.planning.task import Task
 
-_HEAD_BY_TASK = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
-_HEAD_SUFFIX = re.compile(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
+_CLASS_ENDING = re.compile(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 _NAME_BY_CODE = {code: name for name, code in FLOAT_CODE_BY_NAME.items()}
 
 
@@ -27,8 +26,16 @@ class ConfigEdits:
     dtype: str | None = None
     vocab_size: int | None = None
     untie: bool = False
-    task: str | None = None
-    num_labels: int | None = None
+    task: Task | None = None
+
+
+def config_file(base: Base, edits: ConfigEdits) -> list[SmallFile]:
+    """Return config.json of the output: the base's own bytes where nothing changes, nothing if it has none."""
+    if not base.config:
+        return []
+    if edits == ConfigEdits():
+        return [SmallFile(name=CONFIG_NAME, source=base.folder / CONFIG_NAME)]
+    return [SmallFile(name=CONFIG_NAME, text=dump_json(edited_config(base.config, edits)))]
 
 
 def edited_config(config: Mapping[str, Any], edits: ConfigEdits) -> dict[str, Any]:
@@ -44,13 +51,8 @@ def edited_config(config: Mapping[str, Any], edits: ConfigEdits) -> dict[str, An
         for level in _text_levels(result):
             level["tie_word_embeddings"] = False
     if edits.task is not None:
-        _set_task(result, edits.task, edits.num_labels)
+        _set_task(result, edits.task)
     return result
-
-
-def task_head(task_type: str) -> str | None:
-    """Return the suffix of the class that a task type of PEFT trains, None for plain language models."""
-    return _HEAD_BY_TASK.get(task_type)
 
 
 def _text_levels(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -69,10 +71,10 @@ def _set_dtype(level: dict[str, Any], code: str) -> None:
             _set_dtype(value, code)
 
 
-def _set_task(config: dict[str, Any], task: str, num_labels: int | None) -> None:
+def _set_task(config: dict[str, Any], task: Task) -> None:
     names = config.get("architectures")
-    if isinstance(names, list) and names:
-        config["architectures"] = [_HEAD_SUFFIX.sub("", str(names[0])) + task]
-    if num_labels is not None and len(config.get("id2label") or {}) != num_labels:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(num_labels)}
+    if names:
+        config["architectures"] = [_CLASS_ENDING.sub("", str(names[0])) + task.class_suffix]
+    if len(config.get("id2label") or {}) != task.num_labels:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(task.num_labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(task.num_labels)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from loraweld.adapter.edits import GrowRows
 from loraweld.checkpoint.base import Base
@@ -25,13 +25,14 @@ def output_dtype(base: Base, requested: str) -> str:
 
 
 def make_recipes(
-    base: Base, changes: Mapping[str, Change], ties: Mapping[str, Tie], dtype: str, *, drops_text_head: bool
+    base: Base, changes: Mapping[str, Change], ties: Sequence[Tie], dtype: str, *, drops_text_head: bool
 ) -> list[Recipe]:
     """Return the recipes of all output tensors: the base's in their order, then the new ones.
 
     `dtype` is for weights in the base's main dtype; the few kept in another one keep it.
     """
     main = base.main_dtype
+    sources = {tie.target: base.tensors[tie.source] for tie in ties}
     recipes = []
     for name, stored in base.tensors.items():
         if drops_text_head and name.startswith(_TEXT_HEADS) and name not in changes:
@@ -40,7 +41,7 @@ def make_recipes(
         recipes.append(_recipe(name, stored, changes.get(name), code))
     for name, change in changes.items():
         if name not in base.tensors:
-            source = base.tensors[ties[name].source] if name in ties else None
+            source = sources.get(name)
             code = dtype if source is None or source.dtype == main else source.dtype
             recipes.append(_new_recipe(name, source, change, code))
     return recipes

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from loraweld.adapter.edits import GrowRows
 from loraweld.checkpoint.base import Base
 from loraweld.errors import MatchError
-from loraweld.naming.roles import has_row_per_token, is_embedding, is_head_bias
+from loraweld.naming.roles import has_row_per_token, is_embedding, is_head_bias, is_output_embedding
 from loraweld.planning.changes import Change
 
 
-def grow_to_tokenizer(base: Base, changes: dict[str, Change], needed: int | None) -> str | None:
-    """Add rows to embedding and head where the tokenizer needs more than they will have; return a note.
+def grow_to_tokenizer(base: Base, changes: dict[str, Change], needed: int | None) -> list[str]:
+    """Add rows to embedding and head where the tokenizer needs more than they will have; return notes.
 
     Raises:
         MatchError: rows are missing where they cannot be added (a trained embedding, a head with a bias).
     """
     short = [name for name in _vocabulary_tensors(base, changes) if _rows(base, changes, name) < (needed or 0)]
     if not short or needed is None:
-        return None
+        return []
     for name in short:
         change = changes.setdefault(name, Change(name=name))
         if change.replacement is not None or is_head_bias(name):
@@ -28,10 +28,24 @@ def grow_to_tokenizer(base: Base, changes: dict[str, Change], needed: int | None
                 "be grown; save the adapter with its resized embeddings, or give the base's --tokenizer"
             )
         change.edits.insert(0, GrowRows(num_rows=needed))
-    return (
+    return [
         f"the tokenizer has {needed} tokens: {', '.join(short)} grew from {base.tensors[short[0]].rows} rows, "
         "untrained rows hold the mean of the others"
-    )
+    ]
+
+
+def check_ties_known(base: Base, changes: Mapping[str, Change]) -> None:
+    """Without a config nobody says whether a missing head is the embedding.
+
+    Raises:
+        MatchError: the embedding changes, there is no head and no config.json.
+    """
+    changed = [name for name in changes if is_embedding(name)]
+    if changed and not base.config and not any(is_output_embedding(name) for name in base.tensors):
+        raise MatchError(
+            f"{changed[0]!r} changes, the base has no output embedding and {base.folder} has no config.json to say "
+            "whether the two are tied; put the model's config.json there"
+        )
 
 
 def new_vocab_size(base: Base, changes: Mapping[str, Change]) -> int | None:

@@ -1,0 +1,47 @@
+"""What a merge reads, opened by header and config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraweld.adapter.files import Adapter, open_adapter
+from loraweld.checkpoint.base import Base, open_base
+from loraweld.checkpoint.hub import locate_base
+from loraweld.errors import RequestError, listing
+from loraweld.naming.tied import Tie, find_ties
+from loraweld.request import MergeRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """The base, the adapters, and which parameters of the base share a tensor."""
+
+    base: Base
+    adapters: tuple[Adapter, ...]
+    ties: tuple[Tie, ...]
+
+
+def gather_facts(request: MergeRequest) -> Facts:
+    """Open base and adapters.
+
+    Raises:
+        LoraweldError: something is missing, damaged or of an unknown kind.
+    """
+    adapters = tuple(open_adapter(path) for path in request.adapters)
+    name, revision = (request.base, None) if request.base is not None else _named_base(adapters)
+    located = locate_base(name, revision=revision)
+    base = open_base(located.folder, label=located.label, commit=located.commit)
+    return Facts(base=base, adapters=adapters, ties=find_ties(base.tensors, base.config))
+
+
+def _named_base(adapters: Sequence[Adapter]) -> tuple[str, str | None]:
+    """Return the base and the revision that all adapters name."""
+    named = {(adapter.config.base, adapter.config.revision) for adapter in adapters}
+    if len(named) > 1:
+        found = listing(f"{a.label}: {a.config.base} {a.config.revision or ''}" for a in adapters)
+        raise RequestError(f"the adapters name different bases; say which with --base:\n{found}")
+    name, revision = named.pop()
+    if not name:
+        raise RequestError(f"{adapters[0].config.path}: names no base model; give it with --base")
+    return name, revision

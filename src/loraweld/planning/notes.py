@@ -1,0 +1,36 @@
+"""What a user should know about a merge besides what it was asked to do, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraweld.adapter.files import Adapter
+from loraweld.checkpoint.base import INDEX_NAME, Base
+from loraweld.naming.tied import Tie
+
+
+def tie_notes(untied: Sequence[Tie]) -> list[str]:
+    """Say which parameters no longer share a tensor."""
+    return [
+        f"{tie.target} was tied to {tie.source}; the adapter gives them different values: both are written, untied"
+        for tie in untied
+    ]
+
+
+def adapter_notes(adapters: Sequence[Adapter]) -> list[str]:
+    """Say what of the adapters was left aside or derived."""
+    notes = []
+    for adapter in adapters:
+        if adapter.untrained:
+            names = ", ".join(tensor.name for tensor in adapter.untrained)
+            notes.append(f"{adapter.label}: untrained copies that PEFT keeps, not used: {names}")
+        if adapter.config.init in ("pissa", "olora"):
+            notes.append(f"{adapter.label}: {adapter.config.init} residual base derived again from the base's weights")
+    return notes
+
+
+def left_out_notes(base: Base, left_out: Sequence[str]) -> list[str]:
+    """Say which files of the base's folder were not copied."""
+    read = {file.path.name for file in base.files} | {INDEX_NAME}
+    skipped = [name for name in left_out if name not in read]
+    return [f"not copied, other weights of the base: {', '.join(skipped)}"] if skipped else []

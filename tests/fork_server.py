@@ -1,0 +1,154 @@
+"""Merges in processes that get killed. Starting one takes seconds for importing torch, forking one nothing.
+
+`ForkServer` starts this file as a script: a process of one thread that has imported torch, and that forks for each
+request, a line of JSON on stdin. The child merges; the server kills it if asked to, and answers with another line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a merge. `steps` counts its steps towards durability (see `_count_steps`)."""
+
+    killed: bool
+    seconds: float
+    steps: int = 0
+    report: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+class ForkServer:
+    """Runs `loraweld.merge` in a process of its own each time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ONE_THREAD},
+        )
+
+    def merge(
+        self,
+        *,
+        kill_after_s: float | None = None,
+        kill_at_step: int | None = None,
+        item_bytes: int = 64 << 10,
+        checkpoint_bytes: int = 256 << 10,
+        can_exchange: bool = True,
+        **options: Any,
+    ) -> Outcome:
+        """Merge with these options of `loraweld.merge`; the process is killed if it has not ended before."""
+        request = {
+            "kill_after_s": kill_after_s,
+            "kill_at_step": kill_at_step,
+            "item_bytes": item_bytes,
+            "checkpoint_bytes": checkpoint_bytes,
+            "can_exchange": can_exchange,
+            "options": options,
+        }
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps(request, default=str), file=self._process.stdin, flush=True)
+        return Outcome(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """End the server."""
+        self._process.communicate()
+
+
+def serve() -> None:
+    """Answer requests until stdin ends."""
+    import loraweld.adapter.pickled
+    import loraweld.execute.run  # what a merge imports on its way  # noqa: F401
+
+    tasks = Path("/proc/self/task")
+    assert not tasks.exists() or len(list(tasks.iterdir())) == 1, "a process of several threads must not fork"
+    for line in sys.stdin:
+        print(json.dumps(_fork(json.loads(line))), flush=True)
+
+
+def _fork(request: dict[str, Any]) -> dict[str, Any]:
+    reading, writing = os.pipe()
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _run_in_child(request, writing)
+    os.close(writing)
+    if request["kill_after_s"] is not None:
+        time.sleep(request["kill_after_s"])
+        os.kill(child, signal.SIGKILL)
+    with os.fdopen(reading) as pipe:
+        answer = json.loads(pipe.read() or "{}")
+    _, status = os.waitpid(child, 0)
+    return {"killed": os.WIFSIGNALED(status), "seconds": time.monotonic() - started, **answer}
+
+
+def _run_in_child(request: dict[str, Any], writing: int) -> None:
+    answer: dict[str, Any] = {"error": "ended by an unexpected exception"}
+    try:
+        answer = _merge(request)
+    finally:
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+
+
+def _merge(request: dict[str, Any]) -> dict[str, Any]:
+    import loraweld
+    from loraweld.execute import run
+    from loraweld.planning import memory
+    from loraweld.sinks import system
+
+    run.CHECKPOINT_BYTES = request["checkpoint_bytes"]
+    memory.ITEM_BYTES = memory.MIN_ITEM_BYTES = request["item_bytes"]
+    if not request["can_exchange"]:
+        system.exchange = lambda one, other: False
+    steps = _count_steps(request["kill_at_step"])
+    try:
+        report = loraweld.merge(**request["options"]).to_json()
+    except loraweld.LoraweldError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"report": report, "steps": len(steps)}
+
+
+def _count_steps(kill_at: int | None) -> list[str]:
+    """Note each call that makes something durable, moves it or removes it; die just before number `kill_at`."""
+    steps: list[str] = []
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **options: Any) -> Any:
+            if len(steps) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            steps.append(name)
+            return call(*args, **options)
+
+        return step
+
+    from loraweld.sinks import system
+
+    places: list[tuple[Any, str]] = [(system, "exchange"), (Path, "replace"), (Path, "open"), (Path, "mkdir")]
+    places += [(os, name) for name in ("fsync", "fdatasync", "ftruncate", "unlink", "rmdir") if hasattr(os, name)]
+    places += [(shutil, "rmtree")]
+    for place, name in places:
+        setattr(place, name, counted(name, getattr(place, name)))
+    return steps
+
+
+if __name__ == "__main__":
+    serve()
