@@ -505,7 +505,7 @@ def startup_rows(cases: Sequence[Case], args: argparse.Namespace, work: Path) ->
     """Return the median wall time and memory of the commands that should be instant, and of bare imports."""
     commands = {"python -c pass": [sys.executable, "-c", "pass"], "loraweld --help": [*LORAWELD, "--help"]}
     for case in cases:
-        command = [*LORAWELD, "plan", str(case.adapter), "--base", str(case.base)]
+        command = [*LORAWELD, "plan", str(case.adapter), "--base", str(case.base), "-o", str(work / "planned")]
         commands[f"loraweld plan, {case.shape} r {case.rank}"] = command
     commands["import torch"] = [sys.executable, "-c", "import torch"]
     if args.peft:

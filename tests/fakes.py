@@ -1,16 +1,23 @@
-"""Models and adapters written by hand, without any class of transformers or PEFT."""
+"""Models and adapters written by hand, without any class of transformers or PEFT; calls that fail or are recorded."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from loraweld.sinks import system
+from loraweld.sinks.journal import Journal
 
 Shapes = Mapping[str, tuple[int, ...]]
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module → (A, B)
@@ -104,3 +111,95 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file below `folder` by relative name."""
     paths: Iterable[Path] = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def fail_at_call(function: Callable[..., Any], number: int, error: Exception) -> Callable[..., Any]:
+    """Return `function` as it is, but for call `number` (from 0) and all later ones, which raise `error`."""
+    calls = itertools.count()
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if next(calls) >= number:
+            raise error
+        return function(*args, **options)
+
+    return failing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that was done to a file or folder, known by its inode whatever its name becomes.
+
+    `kind` is "write" (done), "sync" (begins), "synced" (has ended), "journal" (begins) or "publish" (done).
+    """
+
+    kind: str
+    inode: int
+    offset: int = 0
+    size: int = 0
+    keys: tuple[str, ...] = ()
+
+
+class Recorder:
+    """Notes writes, syncs, journal lines and renames of folders, in the order in which they happen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[Event] = []
+        self._note_writes(monkeypatch)
+        for name in ("fsync", "fdatasync"):
+            self._note_syncs(monkeypatch, name)
+        self._note_journal(monkeypatch)
+        self._note_renames(monkeypatch)
+
+    def index_of(self, kind: str, inode: int) -> int:
+        """Return the position of the last event of this kind on this file or folder."""
+        return max(n for n, event in enumerate(self.events) if (event.kind, event.inode) == (kind, inode))
+
+    def _note(self, kind: str, descriptor: int, **more: Any) -> None:
+        info = os.fstat(descriptor)
+        self.events.append(Event(kind=kind, inode=info.st_ino, size=info.st_size, **more))
+
+    def _note_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pwrite = os.pwrite
+
+        def noted(descriptor: int, data: memoryview, offset: int) -> int:
+            count = pwrite(descriptor, data, offset)
+            self._note("write", descriptor, offset=offset)
+            return count
+
+        monkeypatch.setattr(os, "pwrite", noted)
+
+    def _note_syncs(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        sync = getattr(os, name)
+
+        def noted(descriptor: int) -> None:
+            self._note("sync", descriptor)
+            sync(descriptor)
+            self._note("synced", descriptor)
+
+        monkeypatch.setattr(os, name, noted)
+
+    def _note_journal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        append = Journal.append
+
+        def noted(journal: Journal, keys: Iterable[str]) -> None:
+            lines = tuple(keys)
+            self.events.append(Event(kind="journal", inode=0, keys=lines))
+            append(journal, lines)
+
+        monkeypatch.setattr(Journal, "append", noted)
+
+    def _note_renames(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        replace, exchange = Path.replace, system.exchange
+
+        def noted_replace(path: Path, target: Path) -> Path:
+            moved = replace(path, target)
+            self.events.append(Event(kind="publish", inode=moved.stat().st_ino))
+            return moved
+
+        def noted_exchange(one: Path, other: Path) -> bool:
+            done = exchange(one, other)
+            self.events.append(Event(kind="publish", inode=other.stat().st_ino))
+            return done
+
+        monkeypatch.setattr(Path, "replace", noted_replace)
+        monkeypatch.setattr(system, "exchange", noted_exchange)

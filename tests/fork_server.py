@@ -74,13 +74,14 @@ class ForkServer:
 
 def serve() -> None:
     """Answer requests until stdin ends."""
-    import loraweld.adapter.pickled
-    import loraweld.execute.run  # what a merge imports on its way  # noqa: F401
+    import loraweld.api
+    import loraweld.execute.run  # noqa: F401  (imported by a merge on its way)
 
     tasks = Path("/proc/self/task")
     assert not tasks.exists() or len(list(tasks.iterdir())) == 1, "a process of several threads must not fork"
     for line in sys.stdin:
-        print(json.dumps(_fork(json.loads(line))), flush=True)
+        sys.stdout.write(json.dumps(_fork(json.loads(line))) + "\n")
+        sys.stdout.flush()
 
 
 def _fork(request: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _count_steps(kill_at: int | None) -> list[str]:
 
     from loraweld.sinks import system
 
-    places: list[tuple[Any, str]] = [(system, "exchange"), (Path, "replace"), (Path, "open"), (Path, "mkdir")]
+    places: list[tuple[Any, str]] = [(system, "exchange"), (Path, "replace"), (Path, "mkdir")]
     places += [(os, name) for name in ("fsync", "fdatasync", "ftruncate", "unlink", "rmdir") if hasattr(os, name)]
     places += [(shutil, "rmtree")]
     for place, name in places:

@@ -105,10 +105,10 @@ def loras(*modules: str, rank: int = 4) -> dict[str, Tensor]:
     }
 
 
-def save_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], *, prefix: str = PREFIX, **config: Any) -> Path:
     """Write tensors, named without PEFT's prefix, and a config that targets every module with a lora_A."""
     folder.mkdir(parents=True)
-    stored = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
+    stored = {prefix + name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     ranks = [len(tensor) for name, tensor in tensors.items() if "lora_" in name and name.endswith("A.weight")]
     targets = [name.split(".lora_")[0] for name in tensors if ".lora_" in name]

@@ -462,7 +462,6 @@ RENAMED = {
         "model.layers.0.block_sparse_moe.experts.0.w1",
         "model.layers.0.block_sparse_moe.experts.0.w1",
     ),
-    "compiled while trained": ("llama", f"_orig_mod.{Q_PROJ}", Q_PROJ),
 }
 
 
@@ -479,6 +478,18 @@ def test_names_of_other_transformers_versions_find_their_tensor(
     merged = merge(tmp_path, save_adapter(tmp_path / "adapter", tensors), dtype="float32")
     assert_only_changed(merged, base, {f"{stored}.weight"})
     assert_nearest(merged[f"{stored}.weight"], base[f"{stored}.weight"].double() + 1.5 * delta(tensors, trained))
+
+
+PREFIXES = ["", "base_model.model.", "_orig_mod.base_model.model.", "base_model.model._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=lambda prefix: prefix or "none")
+def test_prefixes_that_wrappers_leave_in_the_keys_are_no_part_of_the_name(prefix: str, tmp_path: Path) -> None:
+    """Half of the keys match nothing because a wrapper (PEFT's, that of torch.compile) is in their names."""
+    base = load_folder(save_llama(tmp_path / "base", torch.float32))
+    adapter = save_adapter(tmp_path / "adapter", loras(*MODULES), prefix=prefix)
+    merged = merge(tmp_path, adapter, dtype="float32")
+    assert_only_changed(merged, base, {f"{module}.weight" for module in MODULES})
 
 
 def test_a_saved_head_under_its_old_name_replaces_the_stored_one(tmp_path: Path) -> None:
@@ -562,6 +573,26 @@ def test_a_tokenizer_that_grew_never_contradicts_the_file(tied: bool, tmp_path: 
         assert merged[name].shape == (VOCAB + 6, 16)
         assert torch.equal(merged[name][:VOCAB], base[name])
         assert torch.isfinite(merged[name]).all()
+
+
+ON_EMBEDDING = {
+    f"{EMBEDDING}.lora_embedding_A": torch.ones(4, VOCAB),
+    f"{EMBEDDING}.lora_embedding_B": torch.ones(16, 4),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tensors", [lora("lm_head"), ON_EMBEDDING, {**lora("lm_head"), **ON_EMBEDDING}], ids=["head", "embedding", "both"]
+)
+def test_a_delta_with_fewer_rows_than_the_tokenizer_is_refused(
+    tensors: dict[str, Tensor], tied: bool, tmp_path: Path
+) -> None:
+    """Vocabulary resized, the LoRA on its tables not: the delta has no values for the new rows; refuse."""
+    save_llama(tmp_path / "base", tied=tied)
+    adapter = save_adapter(tmp_path / "adapter", tensors, r=4)
+    (adapter / "tokenizer.json").write_text(tokenizer_json(VOCAB + 6))
+    assert_refused(tmp_path, adapter, words=["tokenizer", str(VOCAB + 6), str(VOCAB)])
 
 
 def test_a_tokenizer_smaller_than_a_padded_table_changes_nothing(tmp_path: Path) -> None:
