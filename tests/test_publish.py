@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import resource
@@ -191,6 +192,11 @@ def another_killed_merge(scene: Scene, server: ForkServer) -> None:
     assert list(scene.staging.rglob("*-00001-of-*"))
 
 
+def same_killed_merge(scene: Scene, server: ForkServer) -> None:
+    """The same merge was killed when most of it was written."""
+    assert run_in(server, scene, kill_at_step=12).killed
+
+
 def output_deleted(scene: Scene, server: ForkServer) -> None:
     """The user deletes the output that the killed run may have left."""
     shutil.rmtree(scene.out, ignore_errors=True)
@@ -200,35 +206,36 @@ Happening = Callable[[Scene, ForkServer], None]
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "can_exchange"),
+    ("before", "after", "options"),
     [
-        (nothing, nothing, True),
-        (nothing, output_deleted, True),
-        (another_killed_merge, nothing, True),
-        (old_model, nothing, True),
-        (old_model, output_deleted, True),
-        (old_model, nothing, False),
-        (old_model, output_deleted, False),
+        (nothing, nothing, {}),
+        (nothing, output_deleted, {}),
+        (same_killed_merge, nothing, {"resume": False}),
+        (another_killed_merge, nothing, {}),
+        (old_model, nothing, {"overwrite": True}),
+        (old_model, output_deleted, {"overwrite": True}),
+        (old_model, nothing, {"overwrite": True, "can_exchange": False}),
+        (old_model, output_deleted, {"overwrite": True, "can_exchange": False}),
     ],
 )
 def test_a_kill_before_any_step_is_recovered_from(
-    before: Happening, after: Happening, can_exchange: bool, server: ForkServer, tiny_scene: Scene
+    before: Happening, after: Happening, options: dict[str, bool], server: ForkServer, tiny_scene: Scene
 ) -> None:
     """Every sync, rename and removal is once the moment of the kill; the same command always ends well.
 
     Only a system without atomic exchange of folders has a moment without any model, while it replaces one.
     """
     scene = tiny_scene
-    options = {"overwrite": before is old_model, "can_exchange": can_exchange, "workers": 1}
-    allowed = [scene.files, contents(scene.base) if before is old_model else None]
-    allowed += [] if can_exchange else [None]
+    old = contents(scene.base) if "overwrite" in options else None
+    allowed = [scene.files, old] if "can_exchange" not in options else [scene.files, old, None]
+    again = {name: value for name, value in options.items() if name != "resume"}
     step, killed = 0, True
     while killed:
         before(scene, server)
-        killed = run_in(server, scene, kill_at_step=step, **options).killed
+        killed = run_in(server, scene, kill_at_step=step, workers=1, **options).killed
         assert scene.state() in allowed
         after(scene, server)
-        run_in(server, scene, **options)
+        run_in(server, scene, workers=1, **again)
         scene.check_finished()
         shutil.rmtree(scene.out)
         step += 1
@@ -492,7 +499,108 @@ def test_a_damaged_journal_is_not_believed(damage: str, server: ForkServer, scen
         journal.unlink()
     else:
         journal.write_bytes(damaged[damage])
+    again = run_in(server, scene)
+    scene.check_finished()
+    assert (again.report["resumed_bytes"] > 0) == (damage == "cut")
+
+
+@pytest.mark.parametrize("cut_to", [None, 5000])
+def test_a_staged_file_that_is_not_whole_is_made_again(cut_to: int | None, server: ForkServer, scene: Scene) -> None:
+    """The journal is not believed against what is there: files gone or cut after the kill are made anew."""
+    assert run_in(server, scene, kill_at_step=30, workers=1).killed
+    staged = sorted(scene.staging.glob("model/*.safetensors"))
+    assert len(staged) > 1
+    for path in staged:
+        if cut_to is None:
+            path.unlink()
+        else:
+            os.truncate(path, cut_to)
     run_in(server, scene)
+    scene.check_finished()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_in_the_output_place_meanwhile_is_kept(overwrite: bool, scene: Scene) -> None:
+    """Without --overwrite nothing is ever replaced, not even what was not there when the merge began."""
+
+    def somebody_else_writes(count: int) -> None:
+        scene.out.mkdir(exist_ok=True)
+        (scene.out / "thesis.txt").write_text("the only copy")
+
+    if overwrite:
+        scene.merge(overwrite=True, progress=somebody_else_writes)
+        scene.check_finished()
+        return
+    with pytest.raises(OutputError, match="--overwrite"):
+        scene.merge(progress=somebody_else_writes)
+    assert scene.state() == {"thesis.txt": b"the only copy"}
+    shutil.rmtree(scene.out)
+    scene.merge()
+    scene.check_finished()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_is_taken_is_left_alone(overwrite: bool, scene: Scene) -> None:
+    """Files in the output place are replaced with --overwrite only; an empty folder is no obstacle."""
+    scene.out.mkdir()
+    (scene.out / "notes.txt").write_text("old")
+    if overwrite:
+        scene.merge(overwrite=True)
+    else:
+        with pytest.raises(OutputError, match="--overwrite"):
+            scene.merge()
+        assert scene.state() == {"notes.txt": b"old"}
+        (scene.out / "notes.txt").unlink()
+        scene.merge()
+    scene.check_finished()
+
+
+def short_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reads, writes and copies less than it is asked to."""
+    pwrite, preadv, copy = os.pwrite, os.preadv, os.copy_file_range
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:4096], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:1001]], offset))
+    monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, *offsets: copy(a, b, min(count, 999), *offsets))
+
+
+def no_direct_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system has no O_DIRECT."""
+    monkeypatch.delattr(os, "O_DIRECT")
+
+
+def no_positioned_io(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system has neither pread nor pwrite, and lets other threads run between a seek and what follows."""
+    lseek = os.lseek
+    monkeypatch.setattr(os, "lseek", lambda *arguments: (lseek(*arguments), time.sleep(0.001))[0])
+    for name in ("pwrite", "preadv", "copy_file_range", "fdatasync", "O_DIRECT"):
+        monkeypatch.delattr(os, name)
+
+
+def no_kernel_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies in the kernel are refused, as between some file systems."""
+
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+
+
+def kernel_copy_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies in the kernel do a part and then nothing more, as on some virtual file systems."""
+    copy, calls = os.copy_file_range, itertools.count()
+    monkeypatch.setattr(os, "copy_file_range", lambda a, b, count, *o: 0 if next(calls) % 2 else copy(a, b, 777, *o))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes away what Linux has")
+@pytest.mark.parametrize(
+    "system_lacks", [short_counts, no_direct_writes, no_positioned_io, no_kernel_copy, kernel_copy_stops]
+)
+def test_a_poorer_system_makes_the_same_bytes(
+    system_lacks: Callable[[pytest.MonkeyPatch], None], scene: Scene, small_items: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system lacks costs speed and nothing else."""
+    system_lacks(monkeypatch)
+    scene.merge(workers=4)
     scene.check_finished()
 
 

@@ -42,6 +42,14 @@ LAYER_1 = "model.layers.1."
 TOKENS = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
 
 
+def on_embedding(num_rows: int) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA on an embedding with so many rows."""
+    return {
+        f"{EMBEDDING}.lora_embedding_A": torch.ones(4, num_rows),
+        f"{EMBEDDING}.lora_embedding_B": torch.ones(16, 4),
+    }
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -273,7 +281,7 @@ def test_one_of_two_adapters_side_by_side_must_be_named(tmp_path: Path) -> None:
 def two_adapters(folder: Path) -> tuple[tuple[Path, Path], dict[str, Tensor]]:
     """Write two overlapping adapters, the first rsLoRA, in folders of one name; return the scaled sum of deltas."""
     first, second = loras(Q_PROJ, DOWN, rank=4), {**lora(DOWN, seed=8, rank=2), **lora(K_PROJ, seed=9, rank=2)}
-    common = {"layers_to_transform": [0]}
+    common: dict[str, Any] = {"layers_to_transform": [0]}
     adapters = (
         save_adapter(folder / "one" / "final", first, lora_alpha=6, use_rslora=True, **common),
         save_adapter(folder / "two" / "final", second, lora_alpha=3, alpha_pattern={"down_proj": 5}, **common),
@@ -302,6 +310,36 @@ def test_two_adapters_that_contradict_each_other_are_refused(names: tuple[str, s
     one = save_adapter(tmp_path / names[0], saved, modules_to_save=["q_proj"], layers_to_transform=[0])
     two = save_adapter(tmp_path / names[1], loras(Q_PROJ), layers_to_transform=[0])
     assert_refused(tmp_path, one, two, words=[f"{Q_PROJ}.weight"])
+
+
+def test_two_adapters_that_train_the_same_token_are_refused(tmp_path: Path) -> None:
+    """Two adapters active together, one lost: rows of one token cannot be added, and none of them is right."""
+    save_llama(tmp_path / "base")
+    adapters = [
+        save_adapter(tmp_path / name, {TOKENS: torch.full((2, 16), value)}, trainable_token_indices=tokens)
+        for name, value, tokens in (("first", 1.0, [3, 5]), ("second", 2.0, [5, 7]))
+    ]
+    assert_refused(tmp_path, *adapters, words=["first", "second", f"{EMBEDDING}.weight", "5"])
+
+
+def test_two_adapters_of_different_vocabularies_are_refused(tmp_path: Path) -> None:
+    """One adapter resized the embedding before it added its delta, the other one did not: no sum fits."""
+    save_llama(tmp_path / "base")
+    tables = {f"{name}.base_layer.weight": torch.ones(VOCAB + 4, 16) for name in (EMBEDDING, "lm_head")}
+    grown = {**tables, **on_embedding(VOCAB + 4), **lora("lm_head", (VOCAB + 4, 16))}
+    first = save_adapter(tmp_path / "first", grown, r=4)
+    second = save_adapter(tmp_path / "second", on_embedding(VOCAB), r=4)
+    for adapters in ((first, second), (second, first)):
+        assert_refused(tmp_path, *adapters, words=[f"{EMBEDDING}.weight", str(VOCAB), str(VOCAB + 4)])
+
+
+@pytest.mark.parametrize(("dtype", "code"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_codes_are_not_taken_for_numbers(dtype: torch.dtype, code: str, tmp_path: Path) -> None:
+    """fp8 / uint8 codes taken for numbers: a dtype that needs a scale is never arithmetic input without it."""
+    save_llama(tmp_path / "base")
+    codes = {name: (tensor * 10).to(dtype) for name, tensor in loras(Q_PROJ).items()}
+    adapter = save_adapter(tmp_path / "adapter", codes, layers_to_transform=[0])
+    assert_refused(tmp_path, adapter, words=[Q_PROJ, code])
 
 
 PATTERNS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
@@ -384,7 +422,7 @@ def test_an_adapter_converted_from_pissa_is_merged_as_it_is(tmp_path: Path) -> N
     first, trained = lora(Q_PROJ, seed=1), lora(Q_PROJ, seed=2)
     a, b = f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight"
     converted = {a: torch.cat([trained[a], first[a]]), b: torch.cat([trained[b], -first[b]], dim=1)}
-    config = {"init_lora_weights": True, "layers_to_transform": [0]}
+    config: dict[str, Any] = {"init_lora_weights": True, "layers_to_transform": [0]}
     adapter = save_adapter(tmp_path / "adapter", converted, r=8, lora_alpha=12, **config)
     merged = merge(tmp_path, adapter, dtype="float32")
     exact = base[f"{Q_PROJ}.weight"].double() + 1.5 * (delta(trained, Q_PROJ) - delta(first, Q_PROJ))
@@ -575,15 +613,11 @@ def test_a_tokenizer_that_grew_never_contradicts_the_file(tied: bool, tmp_path: 
         assert torch.isfinite(merged[name]).all()
 
 
-ON_EMBEDDING = {
-    f"{EMBEDDING}.lora_embedding_A": torch.ones(4, VOCAB),
-    f"{EMBEDDING}.lora_embedding_B": torch.ones(16, 4),
-}
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    "tensors", [lora("lm_head"), ON_EMBEDDING, {**lora("lm_head"), **ON_EMBEDDING}], ids=["head", "embedding", "both"]
+    "tensors",
+    [lora("lm_head"), on_embedding(VOCAB), {**lora("lm_head"), **on_embedding(VOCAB)}],
+    ids=["head", "embedding", "both"],
 )
 def test_a_delta_with_fewer_rows_than_the_tokenizer_is_refused(
     tensors: dict[str, Tensor], tied: bool, tmp_path: Path

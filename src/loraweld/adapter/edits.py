@@ -34,6 +34,11 @@ class LowRank:
         return self.a.shape[0]
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the stored tensor that the delta was made for."""
+        return self.a.cols if self.transposed else self.b.shape[0]
+
+    @property
     def refs(self) -> tuple[StoredTensor, ...]:
         return (self.a, self.b)
 

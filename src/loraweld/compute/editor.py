@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.kernels import Floats, Ints, Kernel, Span, make_kernel
-from loraweld.compute.rounding import Rounder
+from loraweld.compute.rounding import NONE, Rounder, round_exact
 from loraweld.compute.tensors import as_tensor, item_size, torch_dtype
 from loraweld.compute.tiles import TileGrid
 from loraweld.errors import NumericsError
@@ -80,7 +82,7 @@ class TensorEditor:
 
 
 class EditSession:
-    """Computes tiles of one tensor within one thread."""
+    """Computes tiles of one tensor within one thread, then repairs the elements that float32 has left in doubt."""
 
     def __init__(self, editor: TensorEditor, spans: Sequence[Span], scratch: Scratch) -> None:
         self._recipe = editor.recipe
@@ -88,6 +90,8 @@ class EditSession:
         self._spans = spans
         self._scratch = scratch
         self._rounder = scratch.rounder(torch_dtype(editor.recipe.dtype))
+        self._positions: list[Ints] = []
+        self._bases: list[Floats] = []
 
     def compute(self, stored: bytearray | memoryview, top: int, bottom: int) -> memoryview:
         """Return the output bytes of rows [top, bottom), from the bytes of the stored ones among them.
@@ -107,18 +111,41 @@ class EditSession:
         for span in self._spans:
             error = span.apply(tile_nC, base_nC, top, error)
         out_nC = self._scratch.out(bottom - top, source.cols, self._rounder.dtype)
-        self._round(tile_nC, out_nC, base_nC, top, error)
+        with self._named(f"rows {top} to {bottom - 1}"):
+            self._remember(self._rounder.round(tile_nC, out_nC, error), base_nC, top)
         self._note(out_nC, base_nC, error)
         return memoryview(out_nC.view(torch.uint8).numpy().reshape(-1).data)
 
-    def _round(
-        self, tile_nC: torch.Tensor, out_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float
-    ) -> None:
+    def repairs(self) -> tuple[Ints, npt.NDArray[np.uint8]]:
+        """Return the elements in doubt: positions in the whole tensor, and the bytes they should have, one row each.
+
+        All tiles of the session at once: a handful of elements in each would not be worth the calls.
+        """
+        if not self._positions:
+            return NONE, np.empty((0, 0), np.uint8)
+        flat, values = np.concatenate(self._positions), np.concatenate(self._bases)
+        rows, cols = np.divmod(flat, self._recipe.source.cols)
+        for span in self._spans:
+            values = span.exact(values, rows, cols)
+        with self._named("elements in doubt"):
+            rounded = round_exact(values, self._rounder.dtype)
+        return flat, rounded.view(torch.uint8).numpy().reshape(len(flat), -1)
+
+    def _remember(self, flat: Ints, base_nC: torch.Tensor, top: int) -> None:
+        """Keep the place and the stored value of elements in doubt; new rows are stored as nothing, 0."""
+        if len(flat):
+            values = np.zeros(len(flat))
+            stored = flat < base_nC.numel()
+            values[stored] = base_nC.view(-1)[torch.from_numpy(flat[stored])].double().numpy()
+            self._positions.append(flat + top * self._recipe.source.cols)
+            self._bases.append(values)
+
+    @contextmanager
+    def _named(self, where: str) -> Iterator[None]:
         try:
-            self._rounder.round(tile_nC, out_nC, error, lambda rows, cols: self._exact(base_nC, rows, cols, top))
+            yield
         except NumericsError as problem:
-            rows = f"rows {top} to {top + len(tile_nC) - 1}"
-            raise NumericsError(f"tensor {self._recipe.name!r}, {rows}: {problem}") from None
+            raise NumericsError(f"tensor {self._recipe.name!r}, {where}: {problem}") from None
 
     def _note(self, out_nC: torch.Tensor, base_nC: torch.Tensor, error: float) -> None:
         outcome = self._outcome
@@ -126,12 +153,3 @@ class EditSession:
         if self._spans and not outcome.any_change:
             same = out_nC.shape == base_nC.shape and torch.equal(out_nC, base_nC.to(out_nC.dtype))
             outcome.any_change |= not same
-
-    def _exact(self, base_nC: torch.Tensor, rows_K: Ints, cols_K: Ints, top: int) -> Floats:
-        values_K = np.zeros(len(rows_K))
-        stored = rows_K < len(base_nC)
-        flat = torch.from_numpy(rows_K[stored] * self._recipe.source.cols + cols_K[stored])
-        values_K[stored] = base_nC.view(-1)[flat].double().numpy()
-        for span in self._spans:
-            values_K = span.exact(values_K, rows_K + top, cols_K)
-        return values_K

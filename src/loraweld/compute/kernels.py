@@ -107,16 +107,23 @@ class DoraKernel:
             self._column_factor = self._magnitude / _column_norms(source, self._delta, reader)
 
     def span(self, start: int, stop: int) -> DoraSpan:
-        return DoraSpan(self._delta.span(start, stop), self._magnitude, self._column_factor)
+        return DoraSpan(self._delta.span(start, stop), self._magnitude, self._column_factor, start, stop)
 
 
 class DoraSpan:
-    def __init__(self, delta: LowRankSpan, magnitude: torch.Tensor, column_factor: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        delta: LowRankSpan,
+        magnitude: torch.Tensor,
+        column_factor: torch.Tensor | None,
+        start: int,
+        stop: int,
+    ) -> None:
         self._delta = delta
         self._magnitude = magnitude
         self._column_factor = column_factor
-        self._row_factors = torch.empty(0, dtype=torch.float64)
-        self._top = 0
+        self._row_factors = np.zeros(stop - start)
+        self._start = start
 
     def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
         factor = self._column_factor
@@ -125,7 +132,7 @@ class DoraSpan:
             self._delta.apply(changed_nC, base_nC, top, error)
             norms = torch.linalg.vector_norm(changed_nC, dim=1, dtype=torch.float64)
             factor = (self._magnitude[top : top + len(tile_nC)] / norms)[:, None]
-            self._row_factors, self._top = factor[:, 0], top
+            self._row_factors[top - self._start : top - self._start + len(factor)] = factor[:, 0].numpy()
         error = self._delta.apply(tile_nC, base_nC, top, error)
         tile_nC.mul_(factor.float())
         return error * float(factor.abs().max())
@@ -134,7 +141,7 @@ class DoraSpan:
         if self._column_factor is not None:
             factor_K = self._column_factor.numpy()[cols_K]
         else:
-            factor_K = self._row_factors.numpy()[rows_K - self._top]
+            factor_K = self._row_factors[rows_K - self._start]
         exact_K: Floats = self._delta.exact(values_K, rows_K, cols_K) * factor_K
         return exact_K
 

@@ -11,8 +11,6 @@ cases it can show in the 16-bit result, and the element is computed again in flo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,9 +19,8 @@ from loraweld.errors import NumericsError
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 _FLOAT32_EPSILON = 2.0**-23
-# (rows, columns) of K elements of a tile → their exact float64 values
-Flat = npt.NDArray[np.int64]
-Exact = Callable[[Flat, Flat], npt.NDArray[np.float64]]
+Ints = npt.NDArray[np.int64]
+NONE = np.empty(0, dtype=np.int64)
 
 
 class Rounder:
@@ -32,11 +29,13 @@ class Rounder:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._bits = np.empty(0, dtype=np.uint16)
-        self._flags = np.empty(0, dtype=np.bool_)
         self._infinity = _magnitude_bits(float("inf"), dtype) if dtype in _MANTISSA_BITS else 0
 
-    def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float, exact: Exact) -> None:
+    def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float) -> Ints:
         """Write `tile_nC`, right within the absolute `error`, to `out_nC`, rounded once, to nearest even.
+
+        Returns:
+            The flat positions of elements that float32 may have wrong by too much; `round_exact` has the cure.
 
         Raises:
             NumericsError: a result is infinite or not a number.
@@ -44,36 +43,34 @@ class Rounder:
         out_nC.copy_(tile_nC)
         if self.dtype not in _MANTISSA_BITS:
             _check_finite(out_nC)
-            return
-        magnitudes = self._magnitudes(out_nC)
-        if magnitudes.size and int(magnitudes.max()) >= self._infinity:
+            return NONE
+        magnitudes_nC = self._magnitudes(out_nC)
+        if magnitudes_nC.size and int(magnitudes_nC.max()) >= self._infinity:
             raise _not_finite(tile_nC, self.dtype)
-        if error > 0:
-            self._repair(out_nC, self._doubtful(tile_nC, magnitudes, error), exact)
+        if error == 0:
+            return NONE
+        if self.dtype == torch.float16:
+            return _near_middle(tile_nC, self.dtype, error)
+        return _below(magnitudes_nC, _magnitude_bits(error * 2.0 ** (_MANTISSA_BITS[self.dtype] + 1), self.dtype))
 
     def _magnitudes(self, out_nC: torch.Tensor) -> npt.NDArray[np.uint16]:
         """The bits of all elements without their signs, shifted up by one: they order as the magnitudes do."""
-        bits = out_nC.view(torch.int16).numpy().view(np.uint16).reshape(-1)
-        if len(self._bits) < len(bits):
-            self._bits, self._flags = np.empty(len(bits), np.uint16), np.empty(len(bits), np.bool_)
-        return np.left_shift(bits, 1, out=self._bits[: len(bits)])
+        bits = out_nC.view(torch.int16).numpy().view(np.uint16)
+        if len(self._bits) < bits.size:
+            self._bits = np.empty(bits.size, np.uint16)
+        return np.left_shift(bits, 1, out=self._bits[: bits.size].reshape(bits.shape))
 
-    def _doubtful(self, tile_nC: torch.Tensor, magnitudes: npt.NDArray[np.uint16], error: float) -> Flat:
-        """Return the flat positions of elements that float32 may have wrong by too much."""
-        if self.dtype == torch.float16:
-            return _near_middle(tile_nC, self.dtype, error)
-        limit = _magnitude_bits(error * 2.0 ** (_MANTISSA_BITS[self.dtype] + 1), self.dtype)
-        if int(magnitudes.min(initial=0xFFFF)) >= limit:
-            return np.empty(0, dtype=np.int64)
-        return np.flatnonzero(np.less(magnitudes, limit, out=self._flags[: len(magnitudes)]))
 
-    def _repair(self, out_nC: torch.Tensor, flat: Flat, exact: Exact) -> None:
-        if len(flat):
-            rows, cols = np.divmod(flat, out_nC.shape[1])
-            repaired = round_once(exact(rows, cols), self.dtype)
-            if not bool(torch.isfinite(repaired).all()):
-                raise _not_finite(repaired, self.dtype)
-            out_nC.view(-1)[torch.from_numpy(flat)] = repaired
+def round_exact(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Tensor:
+    """Round exact values to a 16-bit type.
+
+    Raises:
+        NumericsError: a result is infinite or not a number.
+    """
+    rounded = round_once(values, dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise _not_finite(torch.from_numpy(values), dtype)
+    return rounded
 
 
 def round_once(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +86,18 @@ def round_once(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Ten
     return torch.from_numpy(odd.view(np.float32)).to(dtype)
 
 
-def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Flat:
+def _below(magnitudes_nC: npt.NDArray[np.uint16], limit: int) -> Ints:
+    """Flat positions of magnitudes below `limit`; most rows have none, and a row's minimum is cheap."""
+    if not magnitudes_nC.size:
+        return NONE
+    rows = np.flatnonzero(magnitudes_nC.min(axis=1) < limit)
+    found, cols = np.nonzero(magnitudes_nC[rows] < limit)
+    flat: Ints = rows[found] * magnitudes_nC.shape[1] + cols
+    return flat
+
+
+def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Ints:
+    """Flat positions of results between which and the next 16-bit value the error may decide."""
     margin_nC = tile_nC.abs().mul_(_FLOAT32_EPSILON).add_(error)
     below = (tile_nC - margin_nC).to(dtype).view(torch.int16).numpy()
     above = (tile_nC + margin_nC).to(dtype).view(torch.int16).numpy()

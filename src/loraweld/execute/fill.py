@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
+import numpy.typing as npt
+
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import EditSession, Outcome, Scratch, TensorEditor
+from loraweld.compute.kernels import Ints
 from loraweld.compute.tensors import item_size
 from loraweld.errors import NumericsError
 from loraweld.execute.items import Item
@@ -97,6 +101,7 @@ class _PieceWriter:
         session = editor.session(first, last, scratch)
         for top, bottom in editor.grid.tiles(first, last):
             self._write_tile(session, top, bottom, low, high)
+        self._patch(*session.repairs())
 
     def _write_tile(self, session: EditSession, top: int, bottom: int, low: int, high: int) -> None:
         start = self._placed.offset + top * self._editor.row_bytes
@@ -105,6 +110,16 @@ class _PieceWriter:
         start_kept, end_kept = max(start, low), min(end, high)
         base = self._item.start
         self._buffer[start_kept - base : end_kept - base] = made[start_kept - start : end_kept - start]
+
+    def _patch(self, flat: Ints, elements: npt.NDArray[np.uint8]) -> None:
+        """Overwrite single elements; byte by byte, since an item's border may cut one."""
+        if len(flat):
+            item = np.frombuffer(self._buffer, dtype=np.uint8)[: self._item.end - self._item.start]
+            size = elements.shape[1]
+            for byte in range(size):
+                places = self._placed.offset - self._item.start + flat * size + byte
+                here = (places >= 0) & (places < len(item))
+                item[places[here]] = elements[here, byte]
 
     def _stored(self, top: int, bottom: int, start: int, end: int) -> bytearray | memoryview:
         """The source bytes of rows [top, bottom): from the buffer where they were read to, else from the file."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loraweld.adapter.edits import AddVector, Edit, LowRank, ReplaceRows
+from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, ReplaceRows
 from loraweld.adapter.values import same_values, same_values_transposed
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.errors import MatchError, listing
@@ -35,7 +36,7 @@ class Resolved:
     untied: tuple[Tie, ...]
 
 
-def combine_claims(claims: Iterable[Claim]) -> dict[str, Change]:
+def combine_claims(claims: Sequence[Claim]) -> dict[str, Change]:
     """Put the claims on each tensor together, in adapter order.
 
     Raises:
@@ -55,9 +56,24 @@ def combine_claims(claims: Iterable[Claim]) -> dict[str, Change]:
             owners[claim.name] = claim.owner
         elif not same_values(change.replacement, claim.replacement):
             problems.append(f"{claim.name}: {owners[claim.name]} and {claim.owner} replace it differently")
+    for change in changes.values():
+        for what in _contradictions(change):
+            editors = dict.fromkeys(claim.adapter for claim in claims if claim.name == change.name and claim.edits)
+            problems.append(f"{change.name}: {', '.join(editors)} {what}")
     if problems:
         raise MatchError(f"the adapters contradict each other:\n{listing(problems)}\nMerge them one by one")
     return changes
+
+
+def _contradictions(change: Change) -> list[str]:
+    """Edits of one tensor that were made for different numbers of rows, or for the same token."""
+    deltas = [edit.delta if isinstance(edit, Dora) else edit for edit in change.edits]
+    rows = {edit.num_rows for edit in deltas if isinstance(edit, LowRank)}
+    rows |= {change.replacement.rows} if change.replacement and rows else set()
+    tokens = Counter(index for edit in deltas if isinstance(edit, ReplaceRows) for index in edit.indices)
+    twice = sorted(token for token, count in tokens.items() if count > 1)
+    problems = [f"were trained with different numbers of rows: {sorted(rows)}"] if len(rows) > 1 else []
+    return problems + ([f"train the same tokens: {twice}"] if twice else [])
 
 
 def resolve_ties(changes: dict[str, Change], ties: Sequence[Tie], stored: Mapping[str, StoredTensor]) -> Resolved:

@@ -112,6 +112,9 @@ class ClaimFinder:
         name, is_new = self._locate(f"{module}.weight")
         if is_new and name not in self._ties:
             raise MatchError("the base has no such layer")
+        for part, tensor in parts.items():
+            if not is_plain_float(tensor.dtype):
+                raise AdapterError(f"{part} is stored as {tensor.dtype}, expected a float")
         edits = self._edits(kinds[0], module, parts, self._shape(name))
         weight_parts = tuple(tensor for part, tensor in parts.items() if part != "lora_bias")
         claims = [self._claim(module, name, weight_parts, edits=tuple(edits))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loraweld.adapter.edits import GrowRows
+from loraweld.adapter.edits import Dora, GrowRows, LowRank
 from loraweld.checkpoint.base import Base
 from loraweld.errors import MatchError
 from loraweld.naming.roles import has_row_per_token, is_embedding, is_head_bias, is_output_embedding
@@ -22,16 +22,14 @@ def grow_to_tokenizer(base: Base, changes: dict[str, Change], needed: int | None
         return []
     for name in short:
         change = changes.setdefault(name, Change(name=name))
-        if change.replacement is not None or is_head_bias(name):
+        has_delta = any(isinstance(edit, LowRank | Dora) for edit in change.edits)
+        if change.replacement is not None or has_delta or is_head_bias(name):
             raise MatchError(
                 f"the tokenizer has {needed} tokens but {name!r} has {_rows(base, changes, name)} rows and cannot "
                 "be grown; save the adapter with its resized embeddings, or give the base's --tokenizer"
             )
         change.edits.insert(0, GrowRows(num_rows=needed))
-    return [
-        f"the tokenizer has {needed} tokens: {', '.join(short)} grew from {base.tensors[short[0]].rows} rows, "
-        "untrained rows hold the mean of the others"
-    ]
+    return [f"the tokenizer has {needed} tokens: {', '.join(short)} grew, untrained rows hold the mean of the others"]
 
 
 def check_ties_known(base: Base, changes: Mapping[str, Change]) -> None:
