@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,6 @@ TWO = b"ab"
 HOSTILE = {
     "empty file": b"",
     "seven bytes": b"1234567",
-    "length over the limit": file_of({}, length=MAX_HEADER_BYTES + 1),
     "length of 2**64 - 1": file_of({}, length=2**64 - 1),
     "length past the end of the file": file_of({}, length=3),
     "no JSON": file_of(b"ceci n'est pas du JSON"),
@@ -167,6 +167,15 @@ def test_a_long_header_with_names_twice_is_refused() -> None:
     names = [f'"{number}":0' for number in range(100_000)] * 2
     with pytest.raises(CheckpointError, match="names '0' 2 times"):
         parse(file_of(("{" + ",".join(names) + "}").encode()))
+
+
+def test_a_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
+    """The format's limit holds even where the file is as long as its header says (here a hole of 100 MB)."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+    os.truncate(path, 8 + MAX_HEADER_BYTES + 1)
+    with pytest.raises(CheckpointError, match=rf"{path}.*{MAX_HEADER_BYTES + 1}.*limit"):
+        read_safetensors(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])

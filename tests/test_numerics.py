@@ -39,11 +39,6 @@ LAYER = "model.layers.0.linear"
 SHAPE = (512, 1024)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def exact_sum(base: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> np.ndarray:
     a, b = (factor.double().numpy() for factor in factors)
     return base.double().numpy() + scale * (b @ a)
@@ -80,6 +75,25 @@ def test_weights_are_the_exact_sum_rounded_once(
     assert merged.keys() == base.keys() == exact.keys()
     distances = [steps_apart(merged[name], rounded(values, form)).flatten() for name, values in exact.items()]
     check_promise(torch.cat(distances))
+
+
+@each_format
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_another_dtype_is_rounded_to_once(form: Format, stored: torch.dtype, tmp_path: Path) -> None:
+    """A base stored in one dtype and written in another: edited and plain tensors alike are rounded once."""
+    shapes = {f"{LAYER}.weight": (1001, 777), "model.norm.weight": (50_001,)}
+    base = random_tensors(shapes, stored)
+    base["model.norm.weight"][:20_000] *= 1e-4  # down to the subnormal numbers of fp16
+    factors = random_factors(shapes, rank=8)
+    write_base(tmp_path / "base", base)
+    write_adapter(tmp_path / "adapter", factors, alpha=8)
+    name = str(form.dtype).removeprefix("torch.")
+    loraweld.merge(tmp_path / "adapter", output=tmp_path / "out", base=tmp_path / "base", dtype=name)
+    merged = load_folder(tmp_path / "out")
+    exact = rounded(exact_sum(base[f"{LAYER}.weight"], factors[LAYER], 1.0), form)
+    check_promise(steps_apart(merged[f"{LAYER}.weight"], exact).flatten())
+    plain = rounded(base["model.norm.weight"].double().numpy(), form)
+    assert steps_apart(merged["model.norm.weight"], plain).max() == 0
 
 
 @each_format
@@ -224,6 +238,19 @@ def test_the_bytes_do_not_depend_on_how_the_work_is_cut(
         loraweld.merge(adapter, output=output, base=base, workers=workers, max_memory=max_memory)
         made.append(contents(output))
     assert all(files == made[0] for files in made[1:])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_callers_threads_are_left_as_they_were(threads: int, tmp_path: Path) -> None:
+    """A merge has threads of its own; how many torch uses before and after it is the caller's business."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        base = random_tensors({LAYER: (6, 5)}, torch.bfloat16)[LAYER]
+        merge_one(tmp_path, base, random_factors({LAYER: (6, 5)})[LAYER])
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_odd_tensors_come_through_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ from loraweld.execute import run
 from loraweld.planning import memory
 from loraweld.report import MergeReport
 from loraweld.sinks import system
+from loraweld.sinks.folder import FolderSink
 
 SMALL = {"item_bytes": 16 << 10, "checkpoint_bytes": 32 << 10}
 Files = dict[str, bytes]
@@ -431,7 +432,7 @@ def test_what_is_there_needs_no_room(scene: Scene, monkeypatch: pytest.MonkeyPat
 def test_what_is_staged_counts_as_room(scene: Scene, small_items: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of a killed run has its room already: a resumed merge asks only for what is missing."""
     with monkeypatch.context() as patch:
-        patch.setattr(system, "sync_folder", fail_at_call(system.sync_folder, 0, OSError(errno.EIO, "")))
+        patch.setattr(FolderSink, "publish", fail_at_call(FolderSink.publish, 0, OSError(errno.EIO, "")))
         with pytest.raises(OutputError):
             scene.merge()
     staged = sum(map(len, contents(scene.staging).values()))

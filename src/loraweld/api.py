@@ -17,7 +17,7 @@ from loraweld.record import record_text
 from loraweld.report import MergeReport, human_bytes
 from loraweld.request import MergeRequest, PathLike, make_request
 from loraweld.sinks.existing import ExistingSink
-from loraweld.sinks.folder import discard_staging, finish_published, open_folder_sink, staging_folder
+from loraweld.sinks.folder import TAKEN, discard_staging, finish_published, open_folder_sink, staging_folder
 
 Progress = Callable[[int], None]
 
@@ -125,9 +125,12 @@ def _fulfil(
         discard_staging(request.output)
         return _report(made, *result, started=started, was_there=True)
     _check_disk(made)
-    with open_folder_sink(request.output, identity=identity, resume=request.resume) as sink:
+    options = {"resume": request.resume, "overwrite": request.overwrite}
+    with open_folder_sink(request.output, identity=identity, **options) as sink:
         try:
             result = _run(made, sink, record, progress)
+        except OutputError:
+            raise  # what is finished stays, for when the place is free
         except LoraweldError:
             sink.clean_up()  # it would fail again: there is nothing to continue
             raise
@@ -147,11 +150,8 @@ def _compare(made: MergePlan, record: str | None, progress: Progress) -> tuple[i
     """
     path = made.output / RECORD_NAME
     if record is not None and (not path.is_file() or path.read_bytes() != record.encode()):
-        raise OutputError(_TAKEN, path=made.output)
+        raise OutputError(TAKEN, path=made.output)
     return _run(made, ExistingSink(made.output), record, progress)
-
-
-_TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
 
 
 def _run(made: MergePlan, sink: Any, record: str | None, progress: Progress) -> tuple[int, int]:

@@ -71,8 +71,9 @@ def run_plan(plan: MergePlan, sink: Sink, *, record: str | None, progress: Progr
         LoraweldError: a source is damaged, a value does not exist in the output dtype.
         OSError: the sink cannot be written; what is finished stays journalled.
     """
-    torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
     reader = Reader()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
     run = _Run(plan, sink, Filler(reader, num_editors=plan.workers + 1), progress)
     try:
         result = run.weights()
@@ -85,6 +86,7 @@ def run_plan(plan: MergePlan, sink: Sink, *, record: str | None, progress: Progr
             sink.write_text(RECORD_NAME, record)
         sink.publish()
     finally:
+        torch.set_num_threads(threads)
         reader.close()
     return result
 

@@ -21,14 +21,17 @@ from loraweld.errors import OutputError
 from loraweld.sinks import system
 from loraweld.sinks.journal import Journal, folder_number, read_journal
 
+TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
+
 
 class FolderSink:
     """Create files, write at offsets, finish files, publish. Used inside `open_folder_sink`."""
 
-    def __init__(self, target: Path, staging: Path, journal: Journal) -> None:
+    def __init__(self, target: Path, staging: Path, journal: Journal, *, overwrite: bool) -> None:
         self.journal = journal
         self._target = target.absolute()
         self._staging = staging
+        self._overwrite = overwrite
         self._model = staging / "model"
         self._descriptors: dict[str, int] = {}
 
@@ -61,9 +64,10 @@ class FolderSink:
             os.fsync(file.fileno())
 
     def make_durable(self, names: Iterable[str]) -> None:
-        """Return when all writes to these files would survive a power loss."""
+        """Return when all writes to these files, and their names, would survive a power loss."""
         for name in names:
             system.make_durable(self._descriptors[name])
+        system.sync_folder(self._model)
 
     def finish(self, name: str, size: int) -> None:
         """Close `name` at its final size, durably."""
@@ -74,10 +78,16 @@ class FolderSink:
             os.close(descriptor)
 
     def publish(self) -> None:
-        """Make the complete model appear under its name; replaces an old one in one step."""
+        """Make the complete model appear under its name; replaces an old one in one step, if that is allowed.
+
+        Raises:
+            OutputError: something has appeared in the output place; the finished model stays staged.
+        """
         for folder in [self._model, *(path for path in self._model.rglob("*") if path.is_dir())]:
             system.sync_folder(folder)
         if self._target.exists() and any(self._target.iterdir()):
+            if not self._overwrite:
+                raise OutputError(TAKEN, path=self._target)
             self._replace_old()
         else:
             self._model.replace(self._target)
@@ -110,7 +120,7 @@ def staging_folder(target: Path) -> Path:
 
 
 @contextmanager
-def open_folder_sink(target: Path, *, identity: str, resume: bool) -> Iterator[FolderSink]:
+def open_folder_sink(target: Path, *, identity: str, resume: bool, overwrite: bool) -> Iterator[FolderSink]:
     """Lock the output place and yield its sink; `identity` says which merge the staged files belong to.
 
     Raises:
@@ -126,11 +136,19 @@ def open_folder_sink(target: Path, *, identity: str, resume: bool) -> Iterator[F
             shutil.rmtree(model, ignore_errors=True)
             model.mkdir()
             journal = Journal.begin(path, identity, model)
-        sink = FolderSink(target, staging, journal)
+        journal.done = frozenset(key for key in journal.done if _is_there(model, key))
+        sink = FolderSink(target, staging, journal, overwrite=overwrite)
         try:
             yield sink
         finally:
             sink.close()
+
+
+def _is_there(model: Path, key: str) -> bool:
+    """Return whether the file of a journalled item (name:start:end) still reaches to the item's end."""
+    name, _, end = key.rsplit(":", 2)
+    path = model / name
+    return path.is_file() and path.stat().st_size >= int(end)
 
 
 def finish_published(target: Path, *, identity: str) -> bool:

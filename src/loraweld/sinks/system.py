@@ -12,11 +12,13 @@ import mmap
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 BLOCK_BYTES = 4096
+_SEEK_LOCK = threading.Lock()
 _LINUX = sys.platform == "linux"
 _FICLONE = 0x40049409
 _RENAME_EXCHANGE = 2
@@ -168,8 +170,9 @@ def _is_direct(descriptor: int) -> bool:
 def _write_some(descriptor: int, data: memoryview, offset: int) -> int:
     if hasattr(os, "pwrite"):
         return os.pwrite(descriptor, data, offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows: the caller writes from one thread
-    return os.write(descriptor, data)
+    with _SEEK_LOCK:  # Windows has no positioned write
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)
 
 
 def _clone(source: int, target: int) -> bool:
