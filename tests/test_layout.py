@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import loraweld
 import strategies
@@ -21,11 +22,13 @@ from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.header import PAGE_BYTES, build_header, parse_header
 from loraweld.checkpoint.stored import SafetensorsFile, StoredTensor
 from loraweld.dtypes import num_bytes
+from loraweld.errors import CheckpointError
 from loraweld.planning.layout import index_file, keep_layout, repack
 from loraweld.planning.merge_plan import Recipe, WeightFile
 from strategies import Entry
 
 FOLDER = Path("base")
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 PT = {"format": "pt"}
 
 
@@ -232,3 +235,46 @@ def test_a_sharded_model_is_one_for_the_library(tmp_path: Path) -> None:
     assert sorted(set(index["weight_map"].values())) == files
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in small.values())
     assert {*files, "model.safetensors.index.json"} <= set(report.files)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"max_shard_size": 1}, {"max_shard_size": "1KB"}])
+def test_scalars_and_empty_tensors_come_through(options: dict[str, str | int], tmp_path: Path) -> None:
+    """Tensors of no elements or no dimensions, first, last and between others, in any layout."""
+    tensors = {
+        "a": torch.empty(0, 5),
+        "b": torch.tensor(2.5, dtype=torch.bfloat16),
+        "c": torch.tensor([True, False, True]),
+        "d": torch.empty(3, 0, dtype=torch.bfloat16),
+        **random_tensors({Q_PROJ: (7, 9)}, torch.bfloat16),
+        "x": torch.arange(5),
+        "y": torch.empty(0, dtype=torch.int64),
+    }
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_adapter(tmp_path / "adapter", random_factors({Q_PROJ: (7, 9)}))
+    loraweld.merge(adapter, output=tmp_path / "out", base=base, **options)
+    merged = load_folder(tmp_path / "out")
+    assert {name: tensor.shape for name, tensor in merged.items()} == {n: t.shape for n, t in tensors.items()}
+    assert [n for n, t in tensors.items() if not torch.equal(merged[n].double(), t.double())] == [Q_PROJ]
+
+
+def test_weight_files_in_folders_keep_apart(tmp_path: Path) -> None:
+    """Two files of one name in two folders of the base are refused, or stay two files that the index finds."""
+    shapes = llama_shapes(layers=1)
+    tensors = random_tensors(shapes, torch.bfloat16)
+    weight_map = {name: f"{'ab'[n % 2]}/model.safetensors" for n, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        path = tmp_path / "base" / file
+        path.parent.mkdir(parents=True)
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, path, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    adapter = write_adapter(tmp_path / "adapter", random_factors({Q_PROJ: shapes[Q_PROJ]}))
+    try:
+        loraweld.merge(adapter, output=tmp_path / "out", base=tmp_path / "base")
+    except CheckpointError:
+        assert not (tmp_path / "out").exists()
+        return
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    for name, tensor in tensors.items():
+        found = load_file(tmp_path / "out" / written[name])[name]
+        assert torch.equal(found, tensor) == (name != Q_PROJ)

@@ -1,271 +1,28 @@
-"""The output appears complete or not at all, whatever happens on the way, and the same command finishes it."""
+"""The output appears complete or not at all: whatever is in its place, whatever the system refuses or lacks."""
 
 from __future__ import annotations
 
 import errno
 import itertools
 import os
-import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-import loraweld
-from fakes import (
-    Event,
-    Recorder,
-    contents,
-    fail_at_call,
-    llama_shapes,
-    random_factors,
-    random_tensors,
-    write_adapter,
-    write_base,
-)
-from fork_server import ForkServer, Outcome
+from fakes import Event, Recorder, contents, fail_at_call
 from loraweld.errors import OutputError
-from loraweld.execute import run
-from loraweld.planning import memory
-from loraweld.report import MergeReport
 from loraweld.sinks import system
 from loraweld.sinks.folder import FolderSink
+from scenes import Scene
 
-SMALL = {"item_bytes": 16 << 10, "checkpoint_bytes": 32 << 10}
-Files = dict[str, bytes]
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scene:
-    """Inputs and a place for the output, with the files that an undisturbed merge makes."""
-
-    base: Path
-    adapter: Path
-    out: Path
-    files: Files
-
-    @property
-    def staging(self) -> Path:
-        """Where the output grows, as documented."""
-        return self.out.with_name(f".{self.out.name}.loraweld")
-
-    def merge(self, **options: object) -> MergeReport:
-        return loraweld.merge(self.adapter, output=self.out, base=self.base, **options)
-
-    def state(self) -> Files | None:
-        """The files of the output; None while it is absent. Nothing else may be in sight."""
-        seen = [path for path in self.out.parent.iterdir() if not path.name.startswith(".")]
-        assert seen in ([], [self.out])
-        return contents(self.out) if seen else None
-
-    def check_finished(self) -> None:
-        """The output is there, to the byte, and nothing is left beside it."""
-        assert self.state() == self.files
-        assert list(self.out.parent.iterdir()) == [self.out]
-
-
-def undisturbed_merge(folder: Path, *, num_files: int, layers: int, **sizes: int) -> Scene:
-    """Merge a base of which no adapter touches the last layer, and so perhaps not the last file."""
-    shapes = llama_shapes(layers=layers, **sizes)
-    base = write_base(folder / "base", random_tensors(shapes, torch.bfloat16), num_files=num_files)
-    (base / "tokenizer.json").write_text("{}")
-    linears = {name: shape for name, shape in shapes.items() if "proj" in name and f"layers.{layers - 1}." not in name}
-    adapter = write_adapter(folder / "adapter", random_factors(linears))
-    loraweld.merge(adapter, output=folder / "out", base=base)
-    return Scene(base=base, adapter=adapter, out=folder / "out", files=contents(folder / "out"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return undisturbed_merge(folder, num_files=3, layers=4, hidden=64, intermediate=128, vocab=256)
-
-
-@pytest.fixture(scope="module")
-def undisturbed_tiny(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    folder = tmp_path_factory.mktemp("tiny")
-    return undisturbed_merge(folder, num_files=2, layers=2, hidden=16, intermediate=24, vocab=32)
-
-
-@pytest.fixture
-def scene(undisturbed: Scene, tmp_path: Path) -> Scene:
-    """A new, empty place."""
-    (tmp_path / "place").mkdir()
-    return replace(undisturbed, out=tmp_path / "place" / "model")
-
-
-@pytest.fixture
-def tiny_scene(undisturbed_tiny: Scene, tmp_path: Path) -> Scene:
-    """A new, empty place for a merge of few steps."""
-    (tmp_path / "place").mkdir()
-    return replace(undisturbed_tiny, out=tmp_path / "place" / "model")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    started = ForkServer()
-    yield started
-    started.close()
-
-
-@pytest.fixture
-def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many items and many checkpoints, in this process, for a small model."""
-    monkeypatch.setattr(run, "CHECKPOINT_BYTES", SMALL["checkpoint_bytes"])
-    monkeypatch.setattr(memory, "ITEM_BYTES", SMALL["item_bytes"])
-    monkeypatch.setattr(memory, "MIN_ITEM_BYTES", SMALL["item_bytes"])
-
-
-def run_in(server: ForkServer, scene: Scene, **options: object) -> Outcome:
-    outcome = server.merge(**{**SMALL, **scene_options(scene), **options})
-    assert outcome.error == ""
-    return outcome
-
-
-def scene_options(scene: Scene) -> dict[str, object]:
-    return {"adapter": scene.adapter, "base": scene.base, "output": scene.out, "workers": 2}
-
-
-def usual_seconds(server: ForkServer, scene: Scene) -> float:
-    """The duration of an undisturbed run, the shortest of three."""
-    seconds = []
-    for _ in range(3):
-        seconds.append(run_in(server, scene).seconds)
-        scene.check_finished()
-        shutil.rmtree(scene.out)
-    return min(seconds)
-
-
-@pytest.mark.slow
-def test_a_hundred_kills_leave_no_trace_in_the_output(server: ForkServer, scene: Scene) -> None:
-    """Killed at a random moment: the output is absent or complete. Run again: it is complete, byte for byte."""
-    moments = random.Random(0)
-    duration = usual_seconds(server, scene)
-    killed = resumed = 0
-    for _ in range(100):
-        killed += run_in(server, scene, kill_after_s=moments.uniform(0, duration)).killed
-        assert scene.state() in (None, scene.files)
-        again = run_in(server, scene)
-        scene.check_finished()
-        resumed += again.report["resumed_bytes"] > 0
-        shutil.rmtree(scene.out)
-    assert killed > 50
-    assert resumed > 5
-
-
-@pytest.mark.slow
-def test_kills_while_replacing_leave_the_old_or_the_new_model(server: ForkServer, scene: Scene) -> None:
-    """With --overwrite there is a complete model at any time: the old one or the new one."""
-    moments = random.Random(1)
-    old = scene.base
-    duration = usual_seconds(server, scene)
-    for _ in range(40):
-        shutil.copytree(old, scene.out)
-        run_in(server, scene, kill_after_s=moments.uniform(0, duration), overwrite=True)
-        assert scene.state() in (contents(old), scene.files)
-        run_in(server, scene, overwrite=True)
-        scene.check_finished()
-        shutil.rmtree(scene.out)
-
-
-def nothing(scene: Scene, server: ForkServer) -> None:
-    """Before the merge, or after its kill: all stays as it is."""
-
-
-def old_model(scene: Scene, server: ForkServer) -> None:
-    """The output place holds a model."""
-    shutil.copytree(scene.base, scene.out)
-
-
-def another_killed_merge(scene: Scene, server: ForkServer) -> None:
-    """Another merge into the same place, with other file names, was killed when most of it was written."""
-    killed = run_in(server, scene, max_shard_size="4KB", kill_at_step=15)
-    assert killed.killed
-    assert list(scene.staging.rglob("*-00001-of-*"))
-
-
-def same_killed_merge(scene: Scene, server: ForkServer) -> None:
-    """The same merge was killed when most of it was written."""
-    assert run_in(server, scene, kill_at_step=12).killed
-
-
-def output_deleted(scene: Scene, server: ForkServer) -> None:
-    """The user deletes the output that the killed run may have left."""
-    shutil.rmtree(scene.out, ignore_errors=True)
-
-
-Happening = Callable[[Scene, ForkServer], None]
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "options"),
-    [
-        (nothing, nothing, {}),
-        (nothing, output_deleted, {}),
-        (same_killed_merge, nothing, {"resume": False}),
-        (another_killed_merge, nothing, {}),
-        (old_model, nothing, {"overwrite": True}),
-        (old_model, output_deleted, {"overwrite": True}),
-        (old_model, nothing, {"overwrite": True, "can_exchange": False}),
-        (old_model, output_deleted, {"overwrite": True, "can_exchange": False}),
-    ],
-)
-def test_a_kill_before_any_step_is_recovered_from(
-    before: Happening, after: Happening, options: dict[str, bool], server: ForkServer, tiny_scene: Scene
-) -> None:
-    """Every sync, rename and removal is once the moment of the kill; the same command always ends well.
-
-    Only a system without atomic exchange of folders has a moment without any model, while it replaces one.
-    """
-    scene = tiny_scene
-    old = contents(scene.base) if "overwrite" in options else None
-    allowed = [scene.files, old] if "can_exchange" not in options else [scene.files, old, None]
-    again = {name: value for name, value in options.items() if name != "resume"}
-    step, killed = 0, True
-    while killed:
-        before(scene, server)
-        killed = run_in(server, scene, kill_at_step=step, workers=1, **options).killed
-        assert scene.state() in allowed
-        after(scene, server)
-        run_in(server, scene, workers=1, **again)
-        scene.check_finished()
-        shutil.rmtree(scene.out)
-        step += 1
-    assert step > 20
-
-
-@pytest.mark.slow
-def test_the_killed_command_continues(scene: Scene) -> None:
-    """The real command, killed five times soon after it began to write, and the last time run again."""
-    arguments = ["merge", scene.adapter, "--base", scene.base, "-o", scene.out]
-    command = [sys.executable, "-m", "loraweld", *map(str, arguments), "--quiet"]
-    for number in range(5):
-        shutil.rmtree(scene.staging, ignore_errors=True)
-        while not was_killed_at_work(command, scene, delay_s=0.004 * number):
-            scene.check_finished()  # it was faster
-            shutil.rmtree(scene.out)
-        assert scene.state() in (None, scene.files)
-    subprocess.run(command, check=True)
-    scene.check_finished()
-
-
-def was_killed_at_work(command: list[str], scene: Scene, *, delay_s: float) -> bool:
-    """Start the command, kill it a little after it has created a weight file; False if it had ended by then."""
-    with subprocess.Popen(command) as process:
-        while process.poll() is None and not list(scene.staging.glob("model/*.safetensors")):
-            time.sleep(0.001)
-        time.sleep(delay_s)
-        process.kill()
-    return process.returncode == -signal.SIGKILL
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="takes POSIX locks, modes and limits")
 
 
 LOCK = """
@@ -400,6 +157,7 @@ def test_a_disk_that_is_really_full(
 
 def test_a_limit_on_file_sizes(scene: Scene) -> None:
     """Another real refusal of the system, without a special disk: files may not grow beyond 64 KiB."""
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
@@ -439,84 +197,6 @@ def test_what_is_staged_counts_as_room(scene: Scene, small_items: None, monkeypa
     free = sum(map(len, scene.files.values())) - staged + (64 << 10)
     monkeypatch.setattr("loraweld.planning.build.free_bytes", lambda output: free)
     assert scene.merge().resumed_bytes > 0
-    scene.check_finished()
-
-
-def own_inputs(scene: Scene, folder: Path) -> Scene:
-    """The scene with inputs that a test may change, and with no expectation."""
-    shutil.copytree(scene.base, folder / "base")
-    shutil.copytree(scene.adapter, folder / "adapter")
-    return replace(scene, base=folder / "base", adapter=folder / "adapter", files={})
-
-
-def flip_last_byte(path: Path, *, keep_time: bool) -> None:
-    """Change a value and nothing else of a file, not even its size."""
-    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    if keep_time:
-        os.utime(path, ns=times)
-
-
-@pytest.mark.parametrize(
-    ("changed", "keep_time"),
-    [
-        ("adapter/adapter_model.safetensors", True),
-        ("base/model-00001-of-00003.safetensors", False),
-        ("base/tokenizer.json", False),
-    ],
-)
-def test_changed_inputs_are_not_continued(
-    changed: str, keep_time: bool, server: ForkServer, scene: Scene, tmp_path: Path
-) -> None:
-    """An input rewritten with the same size after the kill: the merge starts again and is that of the new input."""
-    scene = own_inputs(scene, tmp_path)
-    assert run_in(server, scene, kill_at_step=30).killed
-    flip_last_byte(tmp_path / changed, keep_time=keep_time)
-    again = run_in(server, scene)
-    assert again.report["resumed_bytes"] == 0
-    loraweld.merge(scene.adapter, output=tmp_path / "expected", base=scene.base)
-    assert scene.state() == contents(tmp_path / "expected")
-
-
-@pytest.mark.parametrize(("resume", "continues"), [(True, True), (False, False)])
-def test_resume_can_be_declined(resume: bool, continues: bool, server: ForkServer, scene: Scene) -> None:
-    """resume=False starts afresh; both ways end with the same bytes."""
-    assert run_in(server, scene, kill_at_step=30).killed
-    again = run_in(server, scene, resume=resume)
-    assert (again.report["resumed_bytes"] > 0) == continues
-    scene.check_finished()
-
-
-@pytest.mark.parametrize("damage", ["cut", "garbage", "no newline", "no journal"])
-def test_a_damaged_journal_is_not_believed(damage: str, server: ForkServer, scene: Scene) -> None:
-    """A torn last line is ignored, anything else in the journal's place starts the merge again."""
-    assert run_in(server, scene, kill_at_step=30).killed
-    journal = scene.staging / "journal"
-    data = journal.read_bytes()
-    damaged = {"cut": data[:-5], "garbage": b"\0" * len(data), "no newline": data[:20]}
-    if damage == "no journal":
-        journal.unlink()
-    else:
-        journal.write_bytes(damaged[damage])
-    again = run_in(server, scene)
-    scene.check_finished()
-    assert (again.report["resumed_bytes"] > 0) == (damage == "cut")
-
-
-@pytest.mark.parametrize("cut_to", [None, 5000])
-def test_a_staged_file_that_is_not_whole_is_made_again(cut_to: int | None, server: ForkServer, scene: Scene) -> None:
-    """The journal is not believed against what is there: files gone or cut after the kill are made anew."""
-    assert run_in(server, scene, kill_at_step=30, workers=1).killed
-    staged = sorted(scene.staging.glob("model/*.safetensors"))
-    assert len(staged) > 1
-    for path in staged:
-        if cut_to is None:
-            path.unlink()
-        else:
-            os.truncate(path, cut_to)
-    run_in(server, scene)
     scene.check_finished()
 
 
@@ -617,18 +297,6 @@ def test_files_have_the_mode_of_new_files(mask: int, scene: Scene, small_items: 
     assert scene.out.stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-@pytest.mark.parametrize("name", ["a b", "m[1]", "%s{}", "-o", "модель", "x" * 200])
-def test_any_name_of_an_output_can_be_finished(name: str, server: ForkServer, scene: Scene) -> None:
-    """Killed while it cleans up, then run again: no name of an output is mistaken for a pattern or an option."""
-    scene = replace(scene, out=scene.out.with_name(name))
-    last = run_in(server, scene).steps
-    scene.check_finished()
-    shutil.rmtree(scene.out)
-    assert run_in(server, scene, kill_at_step=last - 2).killed
-    run_in(server, scene)
-    scene.check_finished()
-
-
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_nothing_is_promised_before_it_is_durable(
@@ -644,8 +312,10 @@ def test_nothing_is_promised_before_it_is_durable(
     appends = [event for event in recorder.events if event.kind == "journal"]
     assert len(appends) > 3
     for append in appends:
+        before = recorder.events[: recorder.events.index(append)]
         for key in append.keys:
-            check_item_was_durable(recorder.events, append, key, inodes)
+            check_item_was_durable(before, key, inodes)
+            check_name_was_durable(before, inodes[key.rsplit(":", 2)[0]], scene.out.stat().st_ino)
     published = recorder.index_of("publish", scene.out.stat().st_ino)
     for name, inode in inodes.items():
         check_file_was_durable(recorder.events[:published], inode, len(scene.files[name]))
@@ -655,10 +325,9 @@ def test_nothing_is_promised_before_it_is_durable(
     assert published < recorder.index_of("synced", scene.out.parent.stat().st_ino)
 
 
-def check_item_was_durable(events: list[Event], append: Event, key: str, inodes: dict[str, int]) -> None:
+def check_item_was_durable(before: list[Event], key: str, inodes: dict[str, int]) -> None:
     """Between the last write of an item and its line in the journal lies a whole sync of its file."""
     name, start, _ = key.rsplit(":", 2)
-    before = events[: events.index(append)]
     written = max(
         (
             number
@@ -669,6 +338,12 @@ def check_item_was_durable(events: list[Event], append: Event, key: str, inodes:
     )
     kinds = [event.kind for event in before[written:] if event.inode == inodes[name]]
     assert "synced" in kinds[kinds.index("sync") :]
+
+
+def check_name_was_durable(before: list[Event], inode: int, folder: int) -> None:
+    """The folder was synced after the file had been made: else the file may be gone after a power loss."""
+    made = next(number for number, event in enumerate(before) if event.inode == inode)
+    assert [event for event in before[made:] if (event.kind, event.inode) == ("synced", folder)]
 
 
 def check_file_was_durable(events: list[Event], inode: int, size: int) -> None:

@@ -119,16 +119,16 @@ def _indexed_files(index: Mapping[str, Any], path: Path) -> list[str]:
         raise CheckpointError("has metadata that is not a JSON object", path=path)
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if not _stays_inside(name):
-            raise CheckpointError(f"names the file {name!r}, which leaves the model's folder", path=path)
+        if not _is_plain_name(name):
+            raise CheckpointError(f"names the file {name!r}; weights lie beside their index, as plain names", path=path)
         if not (path.parent / name).exists():
             raise CheckpointError(f"names {name!r}, which is missing; is the download complete?", path=path)
     return names
 
 
-def _stays_inside(name: str) -> bool:
-    pure = PurePosixPath(name)
-    return bool(pure.name) and not pure.is_absolute() and ".." not in pure.parts and not set(name) & set("\0\\:")
+def _is_plain_name(name: str) -> bool:
+    """A file name alone: no folder, nothing that leads out of the model's own."""
+    return PurePosixPath(name).name == name and not set(name) & set("\0\\:")
 
 
 def _by_name(files: Iterable[SafetensorsFile]) -> dict[str, StoredTensor]:

@@ -19,6 +19,9 @@ from loraweld.compute.tiles import TileGrid
 from loraweld.errors import NumericsError
 from loraweld.planning.merge_plan import Recipe
 
+# A tensor has tiles of one shape, and a last one of another; an item may touch a few tensors.
+_KEPT_TILES = 4
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -32,26 +35,25 @@ class Scratch:
     """Memory for one tile and its rounding, reused by one thread: fresh memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._tile = torch.empty(0)
-        self._out = torch.empty(0, dtype=torch.uint8)
-        self._rounders: dict[torch.dtype, Rounder] = {}
+        self._tiles: dict[tuple[int, int, torch.dtype], Tile] = {}
 
-    def tile(self, rows: int, cols: int) -> torch.Tensor:
-        """Return a float32 tile (rows, cols) of undefined content."""
-        if self._tile.numel() < rows * cols:
-            self._tile = torch.empty(rows * cols)
-        return self._tile[: rows * cols].view(rows, cols)
+    def tile(self, rows: int, cols: int, dtype: torch.dtype) -> Tile:
+        """Return a tile of this shape and output dtype, of undefined content; the last few shapes are kept."""
+        key = (rows, cols, dtype)
+        if key not in self._tiles:
+            while len(self._tiles) >= _KEPT_TILES:
+                self._tiles.pop(next(iter(self._tiles)))
+            self._tiles[key] = Tile(rows, cols, dtype)
+        return self._tiles[key]
 
-    def rounder(self, dtype: torch.dtype) -> Rounder:
-        """Return this thread's rounder to `dtype`."""
-        return self._rounders.setdefault(dtype, Rounder(dtype))
 
-    def out(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return an output tile (rows, cols) of undefined content."""
-        size = rows * cols * dtype.itemsize
-        if self._out.numel() < size:
-            self._out = torch.empty(size, dtype=torch.uint8)
-        return self._out[:size].view(dtype).view(rows, cols)
+class Tile:
+    """Float32 values (n, C), their rounded form, and the bytes of the latter."""
+
+    def __init__(self, rows: int, cols: int, dtype: torch.dtype) -> None:
+        self.values_nC = torch.empty(rows, cols)
+        self.out_nC = torch.empty(rows, cols, dtype=dtype)
+        self.out_bytes = memoryview(self.out_nC.view(torch.uint8).numpy().reshape(-1).data)
 
 
 class TensorEditor:
@@ -89,7 +91,10 @@ class EditSession:
         self._outcome = editor.outcome
         self._spans = spans
         self._scratch = scratch
-        self._rounder = scratch.rounder(torch_dtype(editor.recipe.dtype))
+        self._rounder = Rounder(torch_dtype(editor.recipe.dtype))
+        self._source_code = editor.recipe.source.dtype
+        self._source_rows = editor.recipe.source.rows
+        self._cols = editor.recipe.source.cols
         self._positions: list[Ints] = []
         self._bases: list[Floats] = []
 
@@ -101,20 +106,24 @@ class EditSession:
         Raises:
             NumericsError: a result does not exist in the output dtype; names the tensor.
         """
-        source = self._recipe.source
-        num_stored = max(0, min(bottom, source.rows) - top)
-        base_nC = as_tensor(stored, source.dtype, (num_stored, source.cols))
-        tile_nC = self._scratch.tile(bottom - top, source.cols)
-        tile_nC[num_stored:].zero_()
-        tile_nC[:num_stored].copy_(base_nC)
+        num_stored = max(0, min(bottom, self._source_rows) - top)
+        base_nC = as_tensor(stored, self._source_code, (num_stored, self._cols))
+        tile = self._scratch.tile(bottom - top, self._cols, self._rounder.dtype)
+        tile_nC = tile.values_nC
+        if num_stored < len(tile_nC):
+            tile_nC[num_stored:] = 0
+            tile_nC[:num_stored] = base_nC
+        else:
+            tile_nC.copy_(base_nC)
         error = 0.0
         for span in self._spans:
             error = span.apply(tile_nC, base_nC, top, error)
-        out_nC = self._scratch.out(bottom - top, source.cols, self._rounder.dtype)
         with self._named(f"rows {top} to {bottom - 1}"):
-            self._remember(self._rounder.round(tile_nC, out_nC, error), base_nC, top)
-        self._note(out_nC, base_nC, error)
-        return memoryview(out_nC.view(torch.uint8).numpy().reshape(-1).data)
+            doubtful = self._rounder.round(tile_nC, tile.out_nC, error)
+        if len(doubtful):
+            self._remember(doubtful, base_nC, top)
+        self._note(tile.out_nC, base_nC, error)
+        return tile.out_bytes
 
     def repairs(self) -> tuple[Ints, npt.NDArray[np.uint8]]:
         """Return the elements in doubt: positions in the whole tensor, and the bytes they should have, one row each.
@@ -124,7 +133,7 @@ class EditSession:
         if not self._positions:
             return NONE, np.empty((0, 0), np.uint8)
         flat, values = np.concatenate(self._positions), np.concatenate(self._bases)
-        rows, cols = np.divmod(flat, self._recipe.source.cols)
+        rows, cols = np.divmod(flat, self._cols)
         for span in self._spans:
             values = span.exact(values, rows, cols)
         with self._named("elements in doubt"):
@@ -133,12 +142,11 @@ class EditSession:
 
     def _remember(self, flat: Ints, base_nC: torch.Tensor, top: int) -> None:
         """Keep the place and the stored value of elements in doubt; new rows are stored as nothing, 0."""
-        if len(flat):
-            values = np.zeros(len(flat))
-            stored = flat < base_nC.numel()
-            values[stored] = base_nC.view(-1)[torch.from_numpy(flat[stored])].double().numpy()
-            self._positions.append(flat + top * self._recipe.source.cols)
-            self._bases.append(values)
+        values = np.zeros(len(flat))
+        stored = flat < base_nC.numel()
+        values[stored] = base_nC.view(-1)[torch.from_numpy(flat[stored])].double().numpy()
+        self._positions.append(flat + top * self._cols)
+        self._bases.append(values)
 
     @contextmanager
     def _named(self, where: str) -> Iterator[None]:

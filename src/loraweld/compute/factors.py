@@ -25,7 +25,7 @@ class Left:
     def __init__(self, rows_nR: torch.Tensor, start: int) -> None:
         self._rows_nR = rows_nR
         self._start = start
-        self._norms_n = torch.linalg.vector_norm(rows_nR, dim=1)
+        self._norms_n = torch.linalg.vector_norm(rows_nR, dim=1).numpy()
 
     def rows(self, top: int, count: int) -> torch.Tensor:
         """Return `count` rows from row `top` of the tensor on, (count, R)."""

@@ -18,18 +18,18 @@ import torch
 from loraweld.errors import NumericsError
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 _FLOAT32_EPSILON = 2.0**-23
 Ints = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.int16]
 NONE = np.empty(0, dtype=np.int64)
 
 
 class Rounder:
-    """Rounds float32 tiles to `dtype`; keeps its scratch memory, so it belongs to one thread."""
+    """Rounds float32 tiles to `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._bits = np.empty(0, dtype=np.uint16)
-        self._infinity = _magnitude_bits(float("inf"), dtype) if dtype in _MANTISSA_BITS else 0
 
     def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float) -> Ints:
         """Write `tile_nC`, right within the absolute `error`, to `out_nC`, rounded once, to nearest even.
@@ -44,21 +44,14 @@ class Rounder:
         if self.dtype not in _MANTISSA_BITS:
             _check_finite(out_nC)
             return NONE
-        magnitudes_nC = self._magnitudes(out_nC)
-        if magnitudes_nC.size and int(magnitudes_nC.max()) >= self._infinity:
+        bits_nC = out_nC.view(torch.int16).numpy()
+        if bits_nC.size and _largest(bits_nC) >= _INFINITY[self.dtype]:
             raise _not_finite(tile_nC, self.dtype)
-        if error == 0:
+        if error == 0 or not bits_nC.size:
             return NONE
         if self.dtype == torch.float16:
             return _near_middle(tile_nC, self.dtype, error)
-        return _below(magnitudes_nC, _magnitude_bits(error * 2.0 ** (_MANTISSA_BITS[self.dtype] + 1), self.dtype))
-
-    def _magnitudes(self, out_nC: torch.Tensor) -> npt.NDArray[np.uint16]:
-        """The bits of all elements without their signs, shifted up by one: they order as the magnitudes do."""
-        bits = out_nC.view(torch.int16).numpy().view(np.uint16)
-        if len(self._bits) < bits.size:
-            self._bits = np.empty(bits.size, np.uint16)
-        return np.left_shift(bits, 1, out=self._bits[: bits.size].reshape(bits.shape))
+        return _below(bits_nC, _bfloat16_bits_above(error * 2.0 ** (_MANTISSA_BITS[self.dtype] + 1)))
 
 
 def round_exact(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Tensor:
@@ -86,14 +79,30 @@ def round_once(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Ten
     return torch.from_numpy(odd.view(np.float32)).to(dtype)
 
 
-def _below(magnitudes_nC: npt.NDArray[np.uint16], limit: int) -> Ints:
+# The magnitude of a 16-bit float is its lower 15 bits, and orders as they do. Read as signed numbers, negative floats
+# lie from -32768 on upwards, so minima and maxima of the bits, signed and unsigned, bound both halves without a copy.
+_SIGN = 0x8000
+
+
+def _largest(bits_nC: Bits) -> int:
+    """The largest magnitude, as bits."""
+    return max(int(bits_nC.max()), int(bits_nC.view(np.uint16).max()) - _SIGN)
+
+
+def _below(bits_nC: Bits, limit: int) -> Ints:
     """Flat positions of magnitudes below `limit`; most rows have none, and a row's minimum is cheap."""
-    if not magnitudes_nC.size:
+    unsigned_nC = bits_nC.view(np.uint16)
+    rows = np.flatnonzero((unsigned_nC.min(axis=1) < limit) | (bits_nC.min(axis=1) < limit - _SIGN))
+    if not len(rows):
         return NONE
-    rows = np.flatnonzero(magnitudes_nC.min(axis=1) < limit)
-    found, cols = np.nonzero(magnitudes_nC[rows] < limit)
-    flat: Ints = rows[found] * magnitudes_nC.shape[1] + cols
+    found, cols = np.divmod(np.flatnonzero((unsigned_nC[rows] & (_SIGN - 1)) < limit), bits_nC.shape[1])
+    flat: Ints = rows[found] * bits_nC.shape[1] + cols
     return flat
+
+
+def _bfloat16_bits_above(value: float) -> int:
+    """The bits of the bfloat16 next above a positive value."""
+    return min(int(np.float32(value).view(np.uint32) >> 16) + 1, _SIGN - 1)
 
 
 def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Ints:
@@ -102,12 +111,6 @@ def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Int
     below = (tile_nC - margin_nC).to(dtype).view(torch.int16).numpy()
     above = (tile_nC + margin_nC).to(dtype).view(torch.int16).numpy()
     return np.flatnonzero(below != above)
-
-
-def _magnitude_bits(value: float, dtype: torch.dtype) -> int:
-    """The bits of `value` without its sign, as the upper 15 of 16: they order as the values do."""
-    bits = int(torch.tensor(value, dtype=dtype).view(torch.int16).item())
-    return (bits << 1) & 0xFFFF
 
 
 def _check_finite(out_nC: torch.Tensor) -> None:

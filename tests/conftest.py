@@ -1,0 +1,47 @@
+"""Fixtures of the tests that disturb a merge."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import scenes
+from loraweld.execute import run
+from loraweld.planning import memory
+from scenes import Scene, undisturbed_merge
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return undisturbed_merge(folder, num_files=3, layers=4, hidden=64, intermediate=128, vocab=256)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_tiny(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    folder = tmp_path_factory.mktemp("tiny")
+    return undisturbed_merge(folder, num_files=2, layers=2, hidden=16, intermediate=24, vocab=32)
+
+
+@pytest.fixture
+def scene(undisturbed: Scene, tmp_path: Path) -> Scene:
+    """A new, empty place."""
+    (tmp_path / "place").mkdir()
+    return replace(undisturbed, out=tmp_path / "place" / "model")
+
+
+@pytest.fixture
+def tiny_scene(undisturbed_tiny: Scene, tmp_path: Path) -> Scene:
+    """A new, empty place for a merge of few steps."""
+    (tmp_path / "place").mkdir()
+    return replace(undisturbed_tiny, out=tmp_path / "place" / "model")
+
+
+@pytest.fixture
+def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many items and many checkpoints, in this process, for a small model."""
+    monkeypatch.setattr(run, "CHECKPOINT_BYTES", scenes.CHECKPOINT_BYTES)
+    monkeypatch.setattr(memory, "ITEM_BYTES", scenes.ITEM_BYTES)
+    monkeypatch.setattr(memory, "MIN_ITEM_BYTES", scenes.ITEM_BYTES)
