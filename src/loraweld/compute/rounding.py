@@ -102,7 +102,8 @@ def _below(bits_nC: Bits, limit: int) -> Ints:
 
 def _bfloat16_bits_above(value: float) -> int:
     """The bits of the bfloat16 next above a positive value."""
-    return min(int(np.float32(value).view(np.uint32) >> 16) + 1, _SIGN - 1)
+    capped = np.float32(min(value, torch.finfo(torch.float32).max))
+    return int(capped.view(np.uint32) >> 16) + 1
 
 
 def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Ints:
