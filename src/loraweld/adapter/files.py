@@ -55,6 +55,12 @@ class Adapter:
         """The folder's name, by which reports call the adapter."""
         return self.folder.name or str(self.folder)
 
+    @property
+    def keys(self) -> list[str]:
+        """The names of all tensors that a merge has to use, each once."""
+        parts = [tensor for module in self.modules.values() for tensor in module.values()]
+        return [tensor.name for tensor in (*parts, *self.parameters.values())]
+
 
 def open_adapter(folder: Path) -> Adapter:
     """Open the PEFT adapter in `folder`, or in its only subfolder that holds one.

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# A float32 tile of this size, its factors and its 16-bit form stay in the second-level cache of a core.
-TILE_ELEMENTS = 1 << 18
+from loraweld.planning.memory import TILE_ELEMENTS
 
 
 @dataclass(frozen=True, slots=True)

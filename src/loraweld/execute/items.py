@@ -21,10 +21,6 @@ class Item:
         """The item's name in the journal."""
         return f"{self.file.name}:{self.start}:{self.end}"
 
-    @property
-    def is_whole_copy(self) -> bool:
-        return self.file.same_as is not None
-
 
 def work_items(plan: MergePlan) -> Iterator[Item]:
     """Yield the items of all weight files in order."""

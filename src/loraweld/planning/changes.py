@@ -136,10 +136,11 @@ def _is_resized(change: Change, stored: StoredTensor) -> bool:
 
 def _same(one: Change, other: Change) -> bool:
     """Return whether two changes of the same tensor give the same values."""
-    replaced = (one.replacement, other.replacement)
-    if replaced != (None, None) and (None in replaced or not same_values(*replaced)):  # type: ignore[arg-type]
-        return False
-    return len(one.edits) == len(other.edits) and all(map(_same_edit, one.edits, other.edits))
+    if one.replacement is None or other.replacement is None:
+        same = one.replacement is other.replacement
+    else:
+        same = same_values(one.replacement, other.replacement)
+    return same and len(one.edits) == len(other.edits) and all(map(_same_edit, one.edits, other.edits))
 
 
 def _same_edit(one: Edit, other: Edit) -> bool:

@@ -5,6 +5,7 @@ Every adapter tensor ends in exactly one claim, or in the list of problems that 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +86,9 @@ class ClaimFinder:
             self._collect(parameter, partial(self._whole, parameter, tensor))
         for module, parts in self._adapter.modules.items():
             self._collect(module, partial(self._parts, module, parts))
+        if not self.problems:
+            claimed = Counter(key for claim in self.claims for key in claim.keys)
+            assert claimed == Counter(self._adapter.keys), "an adapter tensor was left over or used twice"
 
     def _collect(self, what: str, step: Callable[[], list[Claim]]) -> None:
         try:

@@ -14,7 +14,8 @@ ITEM_BYTES = 1 << 24
 MIN_ITEM_BYTES = 1 << 20
 # Python, torch and its thread pools, measured with torch 2.13 (CPU build): not part of the budget.
 LIBRARY_BYTES = 260 << 20
-# Rows are edited in steps of about this many elements (see compute/tiles.py).
+# Rows are edited in tiles of about this many elements: large enough that the cost of calls does not show, small enough
+# that a float32 tile and its 16-bit form stay near the core.
 TILE_ELEMENTS = 1 << 18
 
 
