@@ -12,15 +12,12 @@ import numpy.typing as npt
 import torch
 
 from loraweld.checkpoint.reader import Reader
-from loraweld.compute.kernels import Floats, Ints, Kernel, Span, make_kernel
+from loraweld.compute.kernels import Ints, Kernel, Span, make_kernel
 from loraweld.compute.rounding import NONE, Rounder, round_exact
 from loraweld.compute.tensors import as_tensor, item_size, torch_dtype
 from loraweld.compute.tiles import TileGrid
 from loraweld.errors import NumericsError
 from loraweld.planning.merge_plan import Recipe
-
-# A tensor has tiles of one shape, and a last one of another; an item may touch a few tensors.
-_KEPT_TILES = 4
 
 
 @dataclass(slots=True)
@@ -32,28 +29,30 @@ class Outcome:
 
 
 class Scratch:
-    """Memory for one tile and its rounding, reused by one thread: fresh memory costs more than the arithmetic."""
+    """Memory for one tile, reused by one thread: fresh memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._tiles: dict[tuple[int, int, torch.dtype], Tile] = {}
+        self._values = torch.empty(0)
+        self._stored = bytearray()
+        self._out = bytearray()
 
-    def tile(self, rows: int, cols: int, dtype: torch.dtype) -> Tile:
-        """Return a tile of this shape and output dtype, of undefined content; the last few shapes are kept."""
-        key = (rows, cols, dtype)
-        if key not in self._tiles:
-            while len(self._tiles) >= _KEPT_TILES:
-                self._tiles.pop(next(iter(self._tiles)))
-            self._tiles[key] = Tile(rows, cols, dtype)
-        return self._tiles[key]
+    def values(self, rows: int, cols: int) -> torch.Tensor:
+        """Return a float32 tile (rows, cols) of undefined content."""
+        if self._values.numel() < rows * cols:
+            self._values = torch.empty(rows * cols)
+        return self._values[: rows * cols].view(rows, cols)
 
+    def stored(self, count: int) -> memoryview:
+        """Return room for the stored bytes of a tile."""
+        if len(self._stored) < count:
+            self._stored = bytearray(count)
+        return memoryview(self._stored)[:count]
 
-class Tile:
-    """Float32 values (n, C), their rounded form, and the bytes of the latter."""
-
-    def __init__(self, rows: int, cols: int, dtype: torch.dtype) -> None:
-        self.values_nC = torch.empty(rows, cols)
-        self.out_nC = torch.empty(rows, cols, dtype=dtype)
-        self.out_bytes = memoryview(self.out_nC.view(torch.uint8).numpy().reshape(-1).data)
+    def out(self, count: int) -> memoryview:
+        """Return room for the output bytes of a tile that has no place of its own in the item's buffer."""
+        if len(self._out) < count:
+            self._out = bytearray(count)
+        return memoryview(self._out)[:count]
 
 
 class TensorEditor:
@@ -61,11 +60,11 @@ class TensorEditor:
 
     def __init__(self, recipe: Recipe, reader: Reader, outcome: Outcome) -> None:
         self.recipe = recipe
+        self.reader = reader
         self.outcome = outcome
         self.grid = TileGrid(recipe.rows, recipe.source.cols)
-        self.row_bytes = recipe.source.cols * item_size(recipe.dtype)
-        self.source_row_bytes = recipe.source.cols * item_size(recipe.source.dtype)
-        self._reader = reader
+        self.item_bytes = item_size(recipe.dtype)
+        self.row_bytes = recipe.source.cols * self.item_bytes
         self._lock = threading.Lock()
         self._kernels: list[Kernel] | None = None
 
@@ -73,57 +72,56 @@ class TensorEditor:
         """Return what one thread needs to compute the tiles that overlap rows [start, stop)."""
         tiles = list(self.grid.tiles(start, stop))
         spans = [kernel.span(tiles[0][0], tiles[-1][1]) for kernel in self._made_kernels()]
-        return EditSession(self, spans, scratch)
+        return EditSession(self, tiles, spans, scratch)
 
     def _made_kernels(self) -> list[Kernel]:
         with self._lock:
             if self._kernels is None:
                 source = self.recipe.source
-                self._kernels = [make_kernel(edit, source, self._reader) for edit in self.recipe.edits]
+                self._kernels = [make_kernel(edit, source, self.reader) for edit in self.recipe.edits]
             return self._kernels
 
 
 class EditSession:
     """Computes tiles of one tensor within one thread, then repairs the elements that float32 has left in doubt."""
 
-    def __init__(self, editor: TensorEditor, spans: Sequence[Span], scratch: Scratch) -> None:
+    def __init__(
+        self, editor: TensorEditor, tiles: Sequence[tuple[int, int]], spans: Sequence[Span], scratch: Scratch
+    ) -> None:
+        self.tiles = tiles
         self._recipe = editor.recipe
+        self._reader = editor.reader
         self._outcome = editor.outcome
         self._spans = spans
         self._scratch = scratch
         self._rounder = Rounder(torch_dtype(editor.recipe.dtype))
-        self._source_code = editor.recipe.source.dtype
-        self._source_rows = editor.recipe.source.rows
         self._cols = editor.recipe.source.cols
         self._positions: list[Ints] = []
-        self._bases: list[Floats] = []
+        self._bases: list[torch.Tensor] = []
 
-    def compute(self, stored: bytearray | memoryview, top: int, bottom: int) -> memoryview:
-        """Return the output bytes of rows [top, bottom), from the bytes of the stored ones among them.
-
-        The bytes are valid until the next call.
+    def compute(self, top: int, bottom: int, out: memoryview) -> None:
+        """Write the output bytes of rows [top, bottom), one of `tiles`, to `out`.
 
         Raises:
             NumericsError: a result does not exist in the output dtype; names the tensor.
+            CheckpointError: the source cannot be read.
         """
-        num_stored = max(0, min(bottom, self._source_rows) - top)
-        base_nC = as_tensor(stored, self._source_code, (num_stored, self._cols))
-        tile = self._scratch.tile(bottom - top, self._cols, self._rounder.dtype)
-        tile_nC = tile.values_nC
-        if num_stored < len(tile_nC):
-            tile_nC[num_stored:] = 0
-            tile_nC[:num_stored] = base_nC
+        base_nC = self._stored_rows(top, bottom)
+        tile_nC = self._scratch.values(bottom - top, self._cols)
+        if len(base_nC) < len(tile_nC):
+            tile_nC[len(base_nC) :] = 0
+            tile_nC[: len(base_nC)] = base_nC
         else:
             tile_nC.copy_(base_nC)
         error = 0.0
         for span in self._spans:
             error = span.apply(tile_nC, base_nC, top, error)
+        out_nC = as_tensor(out, self._recipe.dtype, (bottom - top, self._cols))
         with self._named(f"rows {top} to {bottom - 1}"):
-            doubtful = self._rounder.round(tile_nC, tile.out_nC, error)
+            doubtful = self._rounder.round(tile_nC, out_nC, error)
         if len(doubtful):
             self._remember(doubtful, base_nC, top)
-        self._note(tile.out_nC, base_nC, error)
-        return tile.out_bytes
+        self._note(out_nC, base_nC, error)
 
     def repairs(self) -> tuple[Ints, npt.NDArray[np.uint8]]:
         """Return the elements in doubt: positions in the whole tensor, and the bytes they should have, one row each.
@@ -132,7 +130,7 @@ class EditSession:
         """
         if not self._positions:
             return NONE, np.empty((0, 0), np.uint8)
-        flat, values = np.concatenate(self._positions), np.concatenate(self._bases)
+        flat, values = np.concatenate(self._positions), torch.cat(self._bases).double().numpy()
         rows, cols = np.divmod(flat, self._cols)
         for span in self._spans:
             values = span.exact(values, rows, cols)
@@ -140,13 +138,22 @@ class EditSession:
             rounded = round_exact(values, self._rounder.dtype)
         return flat, rounded.view(torch.uint8).numpy().reshape(len(flat), -1)
 
+    def _stored_rows(self, top: int, bottom: int) -> torch.Tensor:
+        """Read those of the rows [top, bottom) that are stored; the rest is new."""
+        source = self._recipe.source
+        rows = max(0, min(bottom, source.rows) - top)
+        width = self._cols * item_size(source.dtype)
+        data = self._scratch.stored(rows * width)
+        self._reader.read_into(source.path, source.offset + top * width, data)
+        return as_tensor(data, source.dtype, (rows, self._cols))
+
     def _remember(self, flat: Ints, base_nC: torch.Tensor, top: int) -> None:
         """Keep the place and the stored value of elements in doubt; new rows are stored as nothing, 0."""
-        values = np.zeros(len(flat))
-        stored = flat < base_nC.numel()
-        values[stored] = base_nC.view(-1)[torch.from_numpy(flat[stored])].double().numpy()
+        base = base_nC.view(-1)
+        if flat[-1] >= len(base):
+            base = torch.cat([base, base.new_zeros(int(flat[-1]) + 1 - len(base))])
         self._positions.append(flat + top * self._cols)
-        self._bases.append(values)
+        self._bases.append(base[torch.from_numpy(flat)])
 
     @contextmanager
     def _named(self, where: str) -> Iterator[None]:

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import EditSession, Outcome, Scratch, TensorEditor
 from loraweld.compute.kernels import Ints
-from loraweld.compute.tensors import item_size
 from loraweld.errors import NumericsError
 from loraweld.execute.items import Item
 from loraweld.planning.merge_plan import PlacedRecipe, Recipe
@@ -44,7 +43,7 @@ class Filler:
     def fill(self, item: Item, buffer: memoryview, scratch: Scratch) -> None:
         """Write the bytes of `item` to the start of `buffer`.
 
-        First what lies in the source files, in as few reads as possible, then the computed rows on top.
+        First what is kept as it is, in as few reads as possible, then the computed rows.
         """
         header = item.file.header[item.start : item.end]
         buffer[: len(header)] = header
@@ -52,8 +51,8 @@ class Filler:
         for run in _runs(placed, item):
             self._reader.read_into(run.path, run.offset, buffer[run.start - item.start : run.end - item.start])
         for piece in placed:
-            if not piece.recipe.keeps_bytes:
-                _PieceWriter(self._editor(piece.recipe), piece, item, buffer, self._reader).write(scratch)
+            if not piece.recipe.keeps_bytes and piece.recipe.num_bytes:
+                _PieceWriter(self._editor(piece.recipe), piece.offset, item, buffer, scratch).write()
 
     def check_any_change(self) -> None:
         """Refuse a result in which nothing is left of what was trained.
@@ -79,55 +78,42 @@ class Filler:
 class _PieceWriter:
     """Computes the part of one tensor that lies in one item."""
 
-    def __init__(
-        self, editor: TensorEditor, placed: PlacedRecipe, item: Item, buffer: memoryview, reader: Reader
-    ) -> None:
+    def __init__(self, editor: TensorEditor, offset: int, item: Item, buffer: memoryview, scratch: Scratch) -> None:
         self._editor = editor
-        self._placed = placed
-        self._item = item
-        self._buffer = buffer
-        self._reader = reader
-        self._in_place = _reads_in_place(placed, item)
+        self._offset = offset - item.start  # of the tensor's first byte from the buffer's first
+        self._buffer = buffer[: item.end - item.start]
+        self._scratch = scratch
 
-    def write(self, scratch: Scratch) -> None:
-        """Compute the tiles and copy what falls into the item to the buffer."""
-        editor, offset = self._editor, self._placed.offset
-        low = max(self._item.start, offset)
-        high = min(self._item.end, self._placed.end)
-        if low >= high:
-            return
-        first = (low - offset) // editor.row_bytes
-        last = -(-(high - offset) // editor.row_bytes)
-        session = editor.session(first, last, scratch)
-        for top, bottom in editor.grid.tiles(first, last):
-            self._write_tile(session, top, bottom, low, high)
+    def write(self) -> None:
+        """Compute the tiles that overlap the item, each to its place in the buffer."""
+        editor = self._editor
+        first = max(0, -self._offset) // editor.row_bytes
+        last = min(editor.recipe.rows, -(-(len(self._buffer) - self._offset) // editor.row_bytes))
+        session = editor.session(first, last, self._scratch)
+        for top, bottom in session.tiles:
+            self._write_tile(session, top, bottom)
         self._patch(*session.repairs())
 
-    def _write_tile(self, session: EditSession, top: int, bottom: int, low: int, high: int) -> None:
-        start = self._placed.offset + top * self._editor.row_bytes
-        end = self._placed.offset + bottom * self._editor.row_bytes
-        made = session.compute(self._stored(top, bottom, start, end), top, bottom)
-        start_kept, end_kept = max(start, low), min(end, high)
-        base = self._item.start
-        self._buffer[start_kept - base : end_kept - base] = made[start_kept - start : end_kept - start]
+    def _write_tile(self, session: EditSession, top: int, bottom: int) -> None:
+        start = self._offset + top * self._editor.row_bytes
+        end = self._offset + bottom * self._editor.row_bytes
+        if 0 <= start and end <= len(self._buffer) and start % self._editor.item_bytes == 0:
+            session.compute(top, bottom, self._buffer[start:end])
+            return
+        made = self._scratch.out(end - start)
+        session.compute(top, bottom, made)
+        low, high = max(start, 0), min(end, len(self._buffer))
+        self._buffer[low:high] = made[low - start : high - start]
 
     def _patch(self, flat: Ints, elements: npt.NDArray[np.uint8]) -> None:
         """Overwrite single elements; byte by byte, since an item's border may cut one."""
         if len(flat):
-            item = np.frombuffer(self._buffer, dtype=np.uint8)[: self._item.end - self._item.start]
+            item = np.frombuffer(self._buffer, dtype=np.uint8)
             size = elements.shape[1]
             for byte in range(size):
-                places = self._placed.offset - self._item.start + flat * size + byte
+                places = self._offset + flat * size + byte
                 here = (places >= 0) & (places < len(item))
                 item[places[here]] = elements[here, byte]
-
-    def _stored(self, top: int, bottom: int, start: int, end: int) -> bytearray | memoryview:
-        """The source bytes of rows [top, bottom): from the buffer where they were read to, else from the file."""
-        if self._in_place and self._item.start <= start and end <= self._item.end:
-            return self._buffer[start - self._item.start : end - self._item.start]
-        source, width = self._placed.recipe.source, self._editor.source_row_bytes
-        stop = max(top, min(bottom, source.rows))
-        return self._reader.read(source, top * width, (stop - top) * width)
 
 
 def _overlapping(item: Item) -> list[PlacedRecipe]:
@@ -137,17 +123,10 @@ def _overlapping(item: Item) -> list[PlacedRecipe]:
     return [piece for piece in placed[first:last] if piece.end > item.start]
 
 
-def _reads_in_place(placed: PlacedRecipe, item: Item) -> bool:
-    """True if the source's rows have the output's size and alignment, so that they can be edited in the buffer."""
-    recipe = placed.recipe
-    same = recipe.dtype == recipe.source.dtype and recipe.shape == recipe.source.shape
-    return same and (placed.offset - item.start) % item_size(recipe.dtype) == 0
-
-
 def _runs(placed: list[PlacedRecipe], item: Item) -> Iterator[_Run]:
     run: _Run | None = None
     for piece in placed:
-        if not (piece.recipe.keeps_bytes or _reads_in_place(piece, item)):
+        if not piece.recipe.keeps_bytes:
             continue
         start, end = max(item.start, piece.offset), min(item.end, piece.end)
         source = piece.recipe.source

@@ -6,6 +6,7 @@ Items are done in any order by a few threads, each with one aligned buffer that 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -99,6 +100,8 @@ class _Run:
         self._progress = progress
         self._local = threading.local()
         self._stop = threading.Event()
+        # One thread per core computes, the others wait for the disk: more would only wait for each other.
+        self._computing = threading.Semaphore(os.cpu_count() or 1)
         self._files = _OpenFiles(plan, sink)
         self._checkpoint = _Checkpoint(sink)
 
@@ -133,7 +136,8 @@ class _Run:
         else:
             self._files.open(item.file)
             buffer, scratch = self._memory()
-            self._filler.fill(item, buffer, scratch)
+            with self._computing:
+                self._filler.fill(item, buffer, scratch)
             self._sink.write_at(item.file.name, item.start, buffer, item.end - item.start)
         self._checkpoint.add(item)
         self._files.item_done(item, finish=self._checkpoint.note_all)
