@@ -50,7 +50,17 @@ def stored_file(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]
 
 def base_of(files: Sequence[SafetensorsFile], index: Mapping[str, object] | None = None) -> Base:
     tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
-    return Base(folder=FOLDER, label="base", commit=None, files=tuple(files), index=index, config={}, tensors=tensors)
+    return Base(
+        folder=FOLDER,
+        label="base",
+        commit=None,
+        files=tuple(files),
+        index=index,
+        config={},
+        tensors=tensors,
+        stored=tensors,
+        aside=(),
+    )
 
 
 @st.composite

@@ -246,16 +246,17 @@ def test_three_targets_that_the_base_lacks_are_all_named(tmp_path: Path) -> None
     assert [module for module in MODULES if module in str(caught.value)] == absent
 
 
-def test_a_base_whose_weights_are_packed_is_refused(tmp_path: Path) -> None:
+def test_a_base_whose_packed_weights_are_incomplete_is_refused(tmp_path: Path) -> None:
     """None of the LoRA targets exists on disk (GPTQ/AWQ with `qweight`): decode that format and merge, or refuse."""
     tensors = llama_tensors()
     for module in MODULES:
         rows = tensors.pop(f"{module}.weight").shape[0]
         tensors[f"{module}.qweight"] = torch.ones(2, rows, dtype=torch.int32)
         tensors[f"{module}.scales"] = torch.ones(1, rows, dtype=torch.float16)
-    save_base(tmp_path / "base", tensors, llama_config(quantization_config={"quant_method": "gptq", "bits": 4}))
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    save_base(tmp_path / "base", tensors, llama_config(quantization_config=settings))
     adapter = save_adapter(tmp_path / "adapter", loras(*MODULES))
-    assert_refused(tmp_path, adapter, words=MODULES)
+    assert_refused(tmp_path, adapter, words=["lacks its zero", "mlp.down_proj.qzeros"])
 
 
 def test_an_adapter_in_a_named_subfolder_is_merged(tmp_path: Path) -> None:

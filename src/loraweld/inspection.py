@@ -10,6 +10,8 @@ from typing import Any
 from loraweld.adapter.config import CONFIG_NAME
 from loraweld.adapter.files import Adapter, open_adapter
 from loraweld.checkpoint.base import Base, open_base
+from loraweld.checkpoint.encodings.encoded import EncodedTensor
+from loraweld.checkpoint.encodings.recognise import quantization_settings
 from loraweld.checkpoint.hub import locate_base
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.stored import StoredTensor
@@ -61,10 +63,11 @@ def _model(base: Base) -> dict[str, Any]:
         "architectures": base.config.get("architectures"),
         "vocab_size": base.config.get("vocab_size"),
         "tie_word_embeddings": base.config.get("tie_word_embeddings"),
-        "quantization": (base.config.get("quantization_config") or {}).get("quant_method"),
+        "quantization": quantization_settings(base.config).get("quant_method"),
         "main_dtype": base.main_dtype,
         "files": [{"name": file.path.name, "bytes": file.file_bytes} for file in base.files],
-        **_totals(base.tensors.values()),
+        "encodings": dict(Counter(t.encoding.kind for t in base.tensors.values() if isinstance(t, EncodedTensor))),
+        **_totals(base.stored.values()),
         **({"merged_from": read_json_object(record)} if record.exists() else {}),
     }
 

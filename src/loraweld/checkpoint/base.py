@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
+from loraweld.checkpoint.encodings.recognise import recognise
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.stored import SafetensorsFile, StoredTensor, read_safetensors
 from loraweld.dtypes import is_plain_float
@@ -31,7 +33,9 @@ _CONFIG_TYPES: dict[str, type] = {
 class Base:
     """A base model: its weight files in order, its tensors by name, its config.
 
-    `label` is what the user called it (a Hub id or a path); `commit` the Hub's commit, if it came from there.
+    `tensors` are the weights that a model has, a quantised one grouped with its scales; `stored` are the tensors of
+    the files; `aside` those of them that only a quantised runtime knows. `label` is what the user called it (a Hub
+    id or a path); `commit` the Hub's commit, if it came from there.
     """
 
     folder: Path
@@ -40,12 +44,19 @@ class Base:
     files: tuple[SafetensorsFile, ...]
     index: Mapping[str, Any] | None
     config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    tensors: Mapping[str, Source] = field(repr=False)
+    stored: Mapping[str, StoredTensor] = field(repr=False)
+    aside: tuple[str, ...]
 
     @property
     def model_type(self) -> str:
         """The config's model_type, or "" when there is none."""
         return str(self.config.get("model_type") or "")
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any weight is stored in an encoding."""
+        return any(isinstance(tensor, EncodedTensor) for tensor in self.tensors.values())
 
     @property
     def main_dtype(self) -> str:
@@ -62,7 +73,7 @@ def open_base(folder: Path, *, label: str | None = None, commit: str | None = No
 
     Raises:
         CheckpointError: no weights, a damaged file, an index that names a missing file or tensor or leaves
-            the folder, a tensor stored twice, or a quantised base.
+            the folder, a tensor stored twice, or a quantisation that is not read.
     """
     if not folder.is_dir():
         raise CheckpointError("is not a folder; --base takes a model folder or a Hub id", path=folder)
@@ -73,9 +84,13 @@ def open_base(folder: Path, *, label: str | None = None, commit: str | None = No
     index = read_json_object(index_path) if index_path.exists() else None
     names = _indexed_files(index, index_path) if index is not None else _weight_files(folder)
     files = tuple(read_safetensors(folder / name) for name in names)
-    tensors = _by_name(files)
+    stored = _by_name(files)
     if index is not None:
-        _check_index(index["weight_map"], tensors, index_path)
+        _check_index(index["weight_map"], stored, index_path)
+    try:
+        weights = recognise(stored, config)
+    except CheckpointError as error:
+        raise error if error.path else CheckpointError(str(error), path=folder) from None
     return Base(
         folder=folder,
         label=label or str(folder),
@@ -83,7 +98,9 @@ def open_base(folder: Path, *, label: str | None = None, commit: str | None = No
         files=files,
         index=index,
         config=config,
-        tensors=tensors,
+        tensors=weights.tensors,
+        stored=stored,
+        aside=weights.aside,
     )
 
 

@@ -80,3 +80,17 @@ def _tensors(path: Path, header: Header) -> list[StoredTensor]:
         )
         for entry in header.entries
     ]
+
+
+def read_bytes(tensor: StoredTensor) -> bytes:
+    """Return all bytes of a small tensor.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            return file.read(tensor.num_bytes)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", path=tensor.path) from None

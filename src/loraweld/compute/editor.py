@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from loraweld.checkpoint.reader import Reader
+from loraweld.compute.codecs.decoder import Decoder, Rows, open_decoder
 from loraweld.compute.kernels import Ints, Kernel, Span, make_kernel
 from loraweld.compute.rounding import NONE, Rounder, round_exact
 from loraweld.compute.tensors import as_tensor, item_size, torch_dtype
@@ -33,7 +34,6 @@ class Scratch:
 
     def __init__(self) -> None:
         self._values = torch.empty(0)
-        self._stored = bytearray()
         self._out = bytearray()
 
     def values(self, rows: int, cols: int) -> torch.Tensor:
@@ -41,12 +41,6 @@ class Scratch:
         if self._values.numel() < rows * cols:
             self._values = torch.empty(rows * cols)
         return self._values[: rows * cols].view(rows, cols)
-
-    def stored(self, count: int) -> memoryview:
-        """Return room for the stored bytes of a tile."""
-        if len(self._stored) < count:
-            self._stored = bytearray(count)
-        return memoryview(self._stored)[:count]
 
     def out(self, count: int) -> memoryview:
         """Return room for the output bytes of a tile that has no place of its own in the item's buffer."""
@@ -60,37 +54,46 @@ class TensorEditor:
 
     def __init__(self, recipe: Recipe, reader: Reader, outcome: Outcome) -> None:
         self.recipe = recipe
-        self.reader = reader
+        self._reader = reader
         self.outcome = outcome
         self.grid = TileGrid(recipe.rows, recipe.source.cols)
         self.item_bytes = item_size(recipe.dtype)
         self.row_bytes = recipe.source.cols * self.item_bytes
         self._lock = threading.Lock()
-        self._kernels: list[Kernel] | None = None
+        self._parts: tuple[Decoder, list[Kernel]] | None = None
 
     def session(self, start: int, stop: int, scratch: Scratch) -> EditSession:
         """Return what one thread needs to compute the tiles that overlap rows [start, stop)."""
         tiles = list(self.grid.tiles(start, stop))
-        spans = [kernel.span(tiles[0][0], tiles[-1][1]) for kernel in self._made_kernels()]
-        return EditSession(self, tiles, spans, scratch)
+        first, last = tiles[0][0], tiles[-1][1]
+        decoder, kernels = self._made()
+        base = decoder.rows(min(first, self.recipe.source.rows), min(last, self.recipe.source.rows))
+        return EditSession(self, tiles, base, [kernel.span(first, last) for kernel in kernels], scratch)
 
-    def _made_kernels(self) -> list[Kernel]:
+    def _made(self) -> tuple[Decoder, list[Kernel]]:
         with self._lock:
-            if self._kernels is None:
+            if self._parts is None:
                 source = self.recipe.source
-                self._kernels = [make_kernel(edit, source, self.reader) for edit in self.recipe.edits]
-            return self._kernels
+                kernels = [make_kernel(edit, source, self._reader) for edit in self.recipe.edits]
+                self._parts = open_decoder(source, self._reader), kernels
+            return self._parts
 
 
 class EditSession:
     """Computes tiles of one tensor within one thread, then repairs the elements that float32 has left in doubt."""
 
     def __init__(
-        self, editor: TensorEditor, tiles: Sequence[tuple[int, int]], spans: Sequence[Span], scratch: Scratch
+        self,
+        editor: TensorEditor,
+        tiles: Sequence[tuple[int, int]],
+        base: Rows,
+        spans: Sequence[Span],
+        scratch: Scratch,
     ) -> None:
         self.tiles = tiles
         self._recipe = editor.recipe
-        self._reader = editor.reader
+        self._base = base
+        self._source_rows = editor.recipe.source.rows
         self._outcome = editor.outcome
         self._spans = spans
         self._scratch = scratch
@@ -106,7 +109,7 @@ class EditSession:
             NumericsError: a result does not exist in the output dtype; names the tensor.
             CheckpointError: the source cannot be read.
         """
-        base_nC = self._stored_rows(top, bottom)
+        base_nC = self._base.read(top, max(top, min(bottom, self._source_rows)))
         tile_nC = self._scratch.values(bottom - top, self._cols)
         if len(base_nC) < len(tile_nC):
             tile_nC[len(base_nC) :] = 0
@@ -137,15 +140,6 @@ class EditSession:
         with self._named("elements in doubt"):
             rounded = round_exact(values, self._rounder.dtype)
         return flat, rounded.view(torch.uint8).numpy().reshape(len(flat), -1)
-
-    def _stored_rows(self, top: int, bottom: int) -> torch.Tensor:
-        """Read those of the rows [top, bottom) that are stored; the rest is new."""
-        source = self._recipe.source
-        rows = max(0, min(bottom, source.rows) - top)
-        width = self._cols * item_size(source.dtype)
-        data = self._scratch.stored(rows * width)
-        self._reader.read_into(source.path, source.offset + top * width, data)
-        return as_tensor(data, source.dtype, (rows, self._cols))
 
     def _remember(self, flat: Ints, base_nC: torch.Tensor, top: int) -> None:
         """Keep the place and the stored value of elements in doubt; new rows are stored as nothing, 0."""

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 
 from loraweld.adapter.edits import LowRank, Residual
+from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
-from loraweld.checkpoint.stored import StoredTensor
+from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.tensors import read_columns, read_rows
 
 
@@ -64,13 +65,13 @@ class Factors:
         return Left(self._left_rows(start, stop), start)
 
 
-def decompose(edit: Residual, source: StoredTensor, reader: Reader) -> Factors:
+def decompose(edit: Residual, source: Source, reader: Reader) -> Factors:
     """Derive the initial factors of PiSSA or OLoRA from the stored weight, as PEFT does when it attaches them.
 
     PiSSA: B₀ = V·√(S/s), A₀ = √(S/s)·Uᵀ of the SVD of W (O, I); OLoRA: B₀ = Q, A₀ = R of its QR decomposition,
     leading `rank` columns and rows.
     """
-    weight = read_rows(reader, source, 0, source.rows)
+    weight = open_decoder(source, reader).rows(0, source.rows).read(0, source.rows).float()
     weight = weight.T if edit.transposed else weight
     if edit.method == "olora":
         q, r = torch.linalg.qr(weight)

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 
 from loraweld.adapter.edits import AddVector, Dora, Edit, GrowRows, LowRank, ReplaceRows, Residual
+from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
-from loraweld.checkpoint.stored import StoredTensor
+from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.factors import Factors, Left, decompose
 from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
 from loraweld.compute.tiles import TileGrid
@@ -49,7 +50,7 @@ class Kernel(Protocol):
         """Load what rows [start, stop) need."""
 
 
-def make_kernel(edit: Edit, source: StoredTensor, reader: Reader) -> Kernel:
+def make_kernel(edit: Edit, source: Source, reader: Reader) -> Kernel:
     """Return the kernel of `edit` on `source`; reads what all rows share, and the whole tensor where it must."""
     match edit:
         case LowRank():
@@ -99,7 +100,7 @@ class LowRankSpan:
 class DoraKernel:
     """W ← m / ‖W₀ + Δ‖ · (W + Δ); the norm runs along rows, or down the columns of a transposed tensor."""
 
-    def __init__(self, edit: Dora, source: StoredTensor, reader: Reader) -> None:
+    def __init__(self, edit: Dora, source: Source, reader: Reader) -> None:
         self._delta = LowRankKernel(Factors.stored(edit.delta, reader), edit.delta.scaling)
         self._magnitude = read_vector(reader, edit.magnitude).double()
         self._column_factor: torch.Tensor | None = None
@@ -146,11 +147,12 @@ class DoraSpan:
         return exact_K
 
 
-def _column_norms(source: StoredTensor, delta: LowRankKernel, reader: Reader) -> torch.Tensor:
+def _column_norms(source: Source, delta: LowRankKernel, reader: Reader) -> torch.Tensor:
     """Return ‖W₀ + Δ‖ of each column in float64, (C,): a pass over the whole tensor, tile by tile."""
     squares = torch.zeros(source.cols, dtype=torch.float64)
+    base = open_decoder(source, reader).rows(0, source.rows)
     for top, bottom in TileGrid(source.rows, source.cols).tiles(0, source.rows):
-        tile_nC = read_rows(reader, source, top, bottom)
+        tile_nC = base.read(top, bottom).float()
         delta.span(top, bottom).apply(tile_nC, tile_nC, top, 0.0)
         squares += tile_nC.double().square_().sum(0)
     return squares.sqrt_()
@@ -159,7 +161,7 @@ def _column_norms(source: StoredTensor, delta: LowRankKernel, reader: Reader) ->
 class ResidualKernel:
     """W ← round(W - scaling · B₀·A₀): undoes what PiSSA and OLoRA moved into the initial factors."""
 
-    def __init__(self, edit: Residual, source: StoredTensor, reader: Reader) -> None:
+    def __init__(self, edit: Residual, source: Source, reader: Reader) -> None:
         self._low_rank = LowRankKernel(decompose(edit, source, reader), -edit.scaling)
         self._dtype = torch_dtype(source.dtype)
 
@@ -228,10 +230,11 @@ class ReplaceRowsKernel:
 class GrowRowsKernel:
     """Rows past the stored ones take the mean of the stored ones."""
 
-    def __init__(self, source: StoredTensor, reader: Reader) -> None:
+    def __init__(self, source: Source, reader: Reader) -> None:
         total = torch.zeros(source.cols, dtype=torch.float64)
+        base = open_decoder(source, reader).rows(0, source.rows)
         for top, bottom in TileGrid(source.rows, source.cols).tiles(0, source.rows):
-            total += read_rows(reader, source, top, bottom).double().sum(0)
+            total += base.read(top, bottom).double().sum(0)
         self._mean = total / source.rows
         self._first = source.rows
 

@@ -43,14 +43,27 @@ def read_rows(reader: Reader, tensor: StoredTensor, start: int, stop: int) -> to
 
 def read_columns(reader: Reader, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
     """Return columns [start, stop) of the matrix view, transposed and in float32, (stop - start, N)."""
+    return read_block(reader, tensor, (0, tensor.rows), (start, stop)).T.to(torch.float32, copy=True).contiguous()
+
+
+def read_block(reader: Reader, tensor: StoredTensor, rows: tuple[int, int], cols: tuple[int, int]) -> torch.Tensor:
+    """Return a block of the matrix view in the stored dtype; one read a row, into one buffer."""
     size = item_size(tensor.dtype)
-    columns = torch.empty(stop - start, tensor.rows)
-    for row in range(tensor.rows):
-        data = reader.read(tensor, (row * tensor.cols + start) * size, (stop - start) * size)
-        columns[:, row] = as_tensor(data, tensor.dtype, (stop - start,))
-    return columns
+    height, width = rows[1] - rows[0], (cols[1] - cols[0]) * size
+    data = memoryview(bytearray(height * width))
+    for row in range(height):
+        start = ((rows[0] + row) * tensor.cols + cols[0]) * size
+        reader.read_into(tensor.path, tensor.offset + start, data[row * width : (row + 1) * width])
+    return as_tensor(data, tensor.dtype, (height, cols[1] - cols[0]))
+
+
+def read_flat(reader: Reader, tensor: StoredTensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+    """Return elements [first, last) in the stored dtype, flat."""
+    last = tensor.rows * tensor.cols if last is None else last
+    size = item_size(tensor.dtype)
+    return as_tensor(reader.read(tensor, first * size, (last - first) * size), tensor.dtype, (last - first,))
 
 
 def read_vector(reader: Reader, tensor: StoredTensor) -> torch.Tensor:
     """Return all elements in float32, flat."""
-    return read_rows(reader, tensor, 0, tensor.rows).flatten()
+    return read_flat(reader, tensor).float()

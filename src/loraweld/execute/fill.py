@@ -129,7 +129,7 @@ def _runs(placed: list[PlacedRecipe], item: Item) -> Iterator[_Run]:
         if not piece.recipe.keeps_bytes:
             continue
         start, end = max(item.start, piece.offset), min(item.end, piece.end)
-        source = piece.recipe.source
+        source = piece.recipe.kept
         offset = source.offset + start - piece.offset
         if run and (run.path, run.end, run.offset + run.end - run.start) == (source.path, start, offset):
             run = _Run(run.path, run.offset, run.start, end)

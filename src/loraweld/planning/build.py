@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loraweld.adapter.files import Adapter
+from loraweld.checkpoint.base import Base
 from loraweld.errors import MatchError, listing
 from loraweld.naming.roles import is_output_embedding
 from loraweld.planning.changes import Resolved, combine_claims, resolve_ties
@@ -14,11 +15,11 @@ from loraweld.planning.companions import companion_files, tokenizer_size
 from loraweld.planning.completeness import check_completeness
 from loraweld.planning.disk import free_bytes
 from loraweld.planning.facts import Facts
-from loraweld.planning.layout import index_file, keep_layout, repack
+from loraweld.planning.layout import SHARD_BYTES, index_file, keep_layout, repack
 from loraweld.planning.memory import plan_memory
-from loraweld.planning.merge_plan import MergePlan, ModuleLine
+from loraweld.planning.merge_plan import MergePlan, ModuleLine, Recipe, WeightFile
 from loraweld.planning.model_config import ConfigEdits, config_file
-from loraweld.planning.notes import adapter_notes, left_out_notes, tie_notes
+from loraweld.planning.notes import adapter_notes, decoding_notes, left_out_notes, tie_notes
 from loraweld.planning.paths import check_output
 from loraweld.planning.recipes import make_recipes, output_dtype
 from loraweld.planning.task import Task, find_task
@@ -41,9 +42,9 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     grown = grow_to_tokenizer(base, resolved.changes, _tokens_needed(tokenizers))
     dtype, task = output_dtype(base, request.dtype), find_task(adapters, resolved.changes)
     recipes = make_recipes(base, resolved.changes, facts.ties, dtype, drops_text_head=task is not None)
-    weights = repack(base, recipes, request.max_shard_bytes) if request.max_shard_bytes else keep_layout(base, recipes)
+    weights = _weights(base, recipes, request.max_shard_bytes)
     config = config_file(base, _config_edits(facts, resolved, dtype, task))
-    companions, left_out = companion_files(base.folder, tokenizers)
+    companions, left_out = companion_files(base.folder, tokenizers, was_quantised=base.is_quantised)
     memory = plan_memory(request, recipes)
     return MergePlan(
         base=base.label,
@@ -54,7 +55,13 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         weights=weights,
         small=(*config, *index_file(base, weights), *companions),
         modules=tuple(_line(claim) for claim in claims),
-        notes=(*tie_notes(resolved.untied), *grown, *left_out_notes(base, left_out), *adapter_notes(adapters)),
+        notes=(
+            *tie_notes(resolved.untied),
+            *grown,
+            *left_out_notes(base, left_out),
+            *decoding_notes(base),
+            *adapter_notes(adapters),
+        ),
         inputs=(*(file.path for file in base.files), *(adapter.weights for adapter in adapters)),
         scratch=adapters,
         item_bytes=memory.item_bytes,
@@ -64,6 +71,13 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     )
 
 
+def _weights(base: Base, recipes: Sequence[Recipe], max_shard_bytes: int | None) -> tuple[WeightFile, ...]:
+    """Files as the base has them, unless another size was asked for; decoded weights do not fit the old ones."""
+    if max_shard_bytes or base.is_quantised:
+        return repack(base, recipes, max_shard_bytes or SHARD_BYTES)
+    return keep_layout(base, recipes)
+
+
 def _tokenizers(request: MergeRequest, adapters: Sequence[Adapter]) -> list[Path]:
     """The folders whose tokenizer files take the place of the base's."""
     return [request.tokenizer] if request.tokenizer else [adapter.folder for adapter in adapters]
@@ -71,7 +85,8 @@ def _tokenizers(request: MergeRequest, adapters: Sequence[Adapter]) -> list[Path
 
 def _config_edits(facts: Facts, resolved: Resolved, dtype: str, task: Task | None) -> ConfigEdits:
     return ConfigEdits(
-        dtype=dtype if dtype != facts.base.main_dtype else None,
+        dtype=dtype if facts.base.is_quantised or dtype != facts.base.main_dtype else None,
+        drop_quantization=facts.base.is_quantised,
         vocab_size=new_vocab_size(facts.base, resolved.changes),
         untie=any(is_output_embedding(tie.target) for tie in resolved.untied),
         task=task,

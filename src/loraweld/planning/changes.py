@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, ReplaceRows
 from loraweld.adapter.values import same_values, same_values_transposed
+from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.errors import MatchError, listing
 from loraweld.naming.tied import Tie
@@ -76,7 +77,7 @@ def _contradictions(change: Change) -> list[str]:
     return problems + ([f"train the same tokens: {twice}"] if twice else [])
 
 
-def resolve_ties(changes: dict[str, Change], ties: Sequence[Tie], stored: Mapping[str, StoredTensor]) -> Resolved:
+def resolve_ties(changes: dict[str, Change], ties: Sequence[Tie], stored: Mapping[str, Source]) -> Resolved:
     """Decide for each tied pair: one tensor if both sides come out the same, else two.
 
     Raises:
@@ -106,7 +107,7 @@ def _follow_alias(changes: dict[str, Change], tie: Tie) -> None:
     changes[tie.source] = Change(name=tie.source, replacement=target.replacement, edits=target.edits)
 
 
-def _stays_tied(changes: dict[str, Change], tie: Tie, stored: StoredTensor) -> bool:
+def _stays_tied(changes: dict[str, Change], tie: Tie, stored: Source) -> bool:
     """Return whether target and source stay one tensor; otherwise see to it that the target has a change."""
     target, source = changes.get(tie.target), changes.get(tie.source)
     if target is None and source is None:
@@ -130,7 +131,7 @@ def _only_token_rows(change: Change) -> bool:
     return change.replacement is None and all(isinstance(edit, ReplaceRows) for edit in change.edits)
 
 
-def _is_resized(change: Change, stored: StoredTensor) -> bool:
+def _is_resized(change: Change, stored: Source) -> bool:
     return change.replacement is not None and change.replacement.rows != stored.rows
 
 

@@ -178,7 +178,7 @@ class ClaimFinder:
         if name is not None:
             stored = self._base.tensors[name]
             if not is_plain_float(stored.dtype):
-                raise MatchError(f"{name!r} is stored as {stored.dtype}: quantised bases are not merged yet")
+                raise MatchError(f"{name!r} is stored as {stored.dtype}, which is not a weight that can be merged into")
             return name, False
         if parameter in self._ties or not must_exist or self._is_new_head(parameter):
             return parameter, True

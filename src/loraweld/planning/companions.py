@@ -36,6 +36,7 @@ _WEIGHT_PATTERNS = (
     ),
 )
 _SKIPPED_FOLDERS = {"original", "onnx", "openvino", "coreml", "runs", "__pycache__"}
+_OF_QUANTISATION = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 _NOT_COPIED = {"config.json", "loraweld.json", "adapter_config.json"}
 # What a fine-tune may have changed beside the weights: tokenizer, chat template, processor, generation.
 _OVERRIDES = (
@@ -54,15 +55,19 @@ _TOKENIZER_FILES = ("tokenizer.json", "added_tokens.json", "tokenizer_config.jso
 _CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
 
-def companion_files(base: Path, overrides: list[Path]) -> tuple[list[SmallFile], list[str]]:
-    """Return the files to copy, later folders of `overrides` winning, and the base's files left out."""
+def companion_files(base: Path, overrides: list[Path], *, was_quantised: bool) -> tuple[list[SmallFile], list[str]]:
+    """Return the files to copy, later folders of `overrides` winning, and the base's files left out.
+
+    What describes a quantisation that the output no longer has is not copied.
+    """
+    not_copied = _NOT_COPIED | (_OF_QUANTISATION if was_quantised else set())
     chosen: dict[str, Path] = {}
     left_out: list[str] = []
     for path in _walk(base):
         name = path.relative_to(base).as_posix()
         if any(fnmatch(path.name, pattern) for pattern in _WEIGHT_PATTERNS):
             left_out.append(name)
-        elif name not in _NOT_COPIED:
+        elif name not in not_copied:
             chosen[name] = path
     left_out += [f"{path.name}/" for path in sorted(base.iterdir()) if path.is_dir() and _is_left_out(path)]
     for folder in overrides:

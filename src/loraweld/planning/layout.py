@@ -11,6 +11,8 @@ from loraweld.checkpoint.jsonfile import dump_json
 from loraweld.checkpoint.stored import SafetensorsFile
 from loraweld.planning.merge_plan import PlacedRecipe, Recipe, SmallFile, WeightFile
 
+SHARD_BYTES = 5 * 10**9
+
 
 def keep_layout(base: Base, recipes: Sequence[Recipe]) -> tuple[WeightFile, ...]:
     """Files as the base has them: same names, same order; tensors the base does not have come last."""
@@ -66,7 +68,7 @@ def _like(file: SafetensorsFile, recipes: Sequence[Recipe]) -> WeightFile:
     same_entries = [(r.name, r.dtype, r.shape) for r in recipes] == [(t.name, t.dtype, t.shape) for t in file.tensors]
     if same_entries and "format" in header.metadata:
         placed = _place(recipes, header.data_start)
-        untouched = all(recipe.keeps_bytes and recipe.source.path == file.path for recipe in recipes)
+        untouched = all(recipe.keeps_bytes and recipe.kept.path == file.path for recipe in recipes)
         return WeightFile(
             name=file.path.name, header=header.raw, placed=placed, same_as=file.path if untouched else None
         )

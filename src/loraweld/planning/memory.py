@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loraweld.adapter.edits import Dora, Edit, LowRank, Residual
+from loraweld.checkpoint.encodings.encoded import EncodedTensor
 from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
 
-ITEM_BYTES = 1 << 24
+ITEM_BYTES = 1 << 25
 MIN_ITEM_BYTES = 1 << 20
 # Python, torch and its thread pools, measured with torch 2.13 (CPU build): not part of the budget.
 LIBRARY_BYTES = 260 << 20
 # Rows are edited in tiles of about this many elements: large enough that the cost of calls does not show, small enough
 # that a float32 tile and its 16-bit form stay near the core.
-TILE_ELEMENTS = 1 << 18
+TILE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,5 +80,8 @@ def _side_bytes(edit: Edit, recipe: Recipe) -> int:
 
 
 def _tile_bytes(recipe: Recipe) -> int:
-    """Scratch of one step: float32 values, a second copy, and flags."""
-    return 12 * max(TILE_ELEMENTS, 2 * recipe.source.cols)
+    """Scratch of one step: float32 values, a second copy, and flags; three more copies where codes are unpacked."""
+    elements = max(TILE_ELEMENTS, 2 * recipe.source.cols)
+    if isinstance(recipe.source, EncodedTensor):
+        return 24 * elements + min(ITEM_BYTES, recipe.source.codes.num_bytes)
+    return 12 * elements

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.adapter.edits import Edit, LowRank
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import num_bytes
 
 RECORD_NAME = "loraweld.json"
 
 
-def _key(tensor: StoredTensor) -> tuple[object, ...]:
+def _key(tensor: Source) -> tuple[object, ...]:
+    if isinstance(tensor, EncodedTensor):
+        return tensor.name, tensor.dtype, tensor.shape, repr(tensor.encoding), *(_key(part) for _, part in tensor.parts)
     return tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.path.name
 
 
@@ -33,20 +37,21 @@ def _edit_key(edit: Edit) -> tuple[object, ...]:
 class Recipe:
     """How one output tensor is made: the values of `source`, `edits` in order, stored as `dtype`.
 
-    `kind` is "copy" (the source's bytes), "convert" (another dtype), "edit", "replace" (the source is the
-    adapter's tensor) or "new" (the base does not store it).
+    `kind` is "copy" (the source's bytes), "convert" (another dtype), "decode" (of a quantised weight), "edit",
+    "replace" (the source is the adapter's tensor) or "new" (the base does not store it).
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    source: StoredTensor
+    source: Source
     edits: tuple[Edit, ...]
     kind: str
 
     @property
     def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
+        """Rows of the matrix view that the source has."""
+        return math.prod(self.shape) // max(1, self.source.cols) if self.source.cols else self.source.rows
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +69,12 @@ class Recipe:
     def keeps_bytes(self) -> bool:
         """True if the output holds the base's bytes as they are; what an adapter brings is looked at."""
         return self.kind == "copy"
+
+    @property
+    def kept(self) -> StoredTensor:
+        """The tensor whose bytes are kept."""
+        assert self.keeps_bytes and isinstance(self.source, StoredTensor)
+        return self.source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraweld.checkpoint.base import CONFIG_NAME, Base
+from loraweld.checkpoint.encodings.recognise import SETTINGS_KEYS
 from loraweld.checkpoint.jsonfile import dump_json
 from loraweld.dtypes import FLOAT_CODE_BY_NAME
 from loraweld.naming.tied import flag_is_free
@@ -24,6 +25,7 @@ class ConfigEdits:
     """The facts of the output that its config must agree with; None where the merge changes nothing."""
 
     dtype: str | None = None
+    drop_quantization: bool = False
     vocab_size: int | None = None
     untie: bool = False
     task: Task | None = None
@@ -43,6 +45,8 @@ def edited_config(config: Mapping[str, Any], edits: ConfigEdits) -> dict[str, An
     result = copy.deepcopy(dict(config))
     if edits.dtype is not None:
         _set_dtype(result, edits.dtype)
+    if edits.drop_quantization:
+        _drop_quantization(result)
     if edits.vocab_size is not None:
         for level in _text_levels(result):
             if "vocab_size" in level or level is not result:
@@ -69,6 +73,14 @@ def _set_dtype(level: dict[str, Any], code: str) -> None:
             level[key] = _NAME_BY_CODE[code]
         elif isinstance(value, dict):
             _set_dtype(value, code)
+
+
+def _drop_quantization(level: dict[str, Any]) -> None:
+    for key in SETTINGS_KEYS:
+        level.pop(key, None)
+    for value in level.values():
+        if isinstance(value, dict):
+            _drop_quantization(value)
 
 
 def _set_task(config: dict[str, Any], task: Task) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import INDEX_NAME, Base
+from loraweld.checkpoint.encodings.encoded import EncodedTensor
 from loraweld.naming.tied import Tie
 
 
@@ -26,6 +28,15 @@ def adapter_notes(adapters: Sequence[Adapter]) -> list[str]:
             notes.append(f"{adapter.label}: untrained copies that PEFT keeps, not used: {names}")
         if adapter.config.init in ("pissa", "olora"):
             notes.append(f"{adapter.label}: {adapter.config.init} residual base derived again from the base's weights")
+    return notes
+
+
+def decoding_notes(base: Base) -> list[str]:
+    """Say which encodings of the base were decoded, and what of its runtime was left out."""
+    kinds = Counter(tensor.encoding.kind for tensor in base.tensors.values() if isinstance(tensor, EncodedTensor))
+    notes = [f"{count} weights of the base were {kind}, now decoded" for kind, count in sorted(kinds.items())]
+    if base.aside:
+        notes.append(f"scales of the quantised runtime, not part of a plain model: {len(base.aside)} tensors left out")
     return notes
 
 

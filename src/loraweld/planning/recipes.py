@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from loraweld.adapter.edits import GrowRows
 from loraweld.checkpoint.base import Base
-from loraweld.checkpoint.stored import StoredTensor
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
 from loraweld.dtypes import FLOAT_CODE_BY_NAME
 from loraweld.errors import CheckpointError
 from loraweld.naming.tied import Tie
@@ -47,11 +47,12 @@ def make_recipes(
     return recipes
 
 
-def _recipe(name: str, stored: StoredTensor, change: Change | None, dtype: str) -> Recipe:
+def _recipe(name: str, stored: Source, change: Change | None, dtype: str) -> Recipe:
     if change is None:
-        kind = "copy" if stored.dtype == dtype else "convert"
+        plain = "copy" if stored.dtype == dtype else "convert"
+        kind = "decode" if isinstance(stored, EncodedTensor) else plain
         return Recipe(name=name, dtype=dtype, shape=stored.shape, source=stored, edits=(), kind=kind)
-    source = change.replacement or stored
+    source: Source = change.replacement or stored
     return Recipe(
         name=name,
         dtype=dtype,
@@ -62,7 +63,7 @@ def _recipe(name: str, stored: StoredTensor, change: Change | None, dtype: str) 
     )
 
 
-def _new_recipe(name: str, source: StoredTensor | None, change: Change, dtype: str) -> Recipe:
+def _new_recipe(name: str, source: Source | None, change: Change, dtype: str) -> Recipe:
     source = change.replacement or source
     if source is None:
         raise CheckpointError(f"tensor {name!r} is new, but the adapter does not hold its values")
@@ -76,6 +77,6 @@ def _new_recipe(name: str, source: StoredTensor | None, change: Change, dtype: s
     )
 
 
-def _shape(source: StoredTensor, change: Change) -> tuple[int, ...]:
+def _shape(source: Source, change: Change) -> tuple[int, ...]:
     rows = [edit.num_rows for edit in change.edits if isinstance(edit, GrowRows)]
     return (rows[0], *source.shape[1:]) if rows else source.shape

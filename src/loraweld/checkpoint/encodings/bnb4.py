@@ -1,0 +1,109 @@
+"""bitsandbytes 4 bit: NF4 and FP4 codes in blocks of the flattened weight, with or without double quantisation.
+
+Source: `QuantState.as_dict(packed=True)` of bitsandbytes 0.50.2; Dettmers et al. 2023, "QLoRA", section 3.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, PartLayout, encoded
+from loraweld.checkpoint.stored import StoredTensor, read_bytes
+from loraweld.dtypes import FLOAT_CODE_BY_NAME
+from loraweld.errors import CheckpointError
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
+_MAX_STATE_BYTES = 4096
+_STORAGE = ("U8", "I8", "BF16", "F16", "F32", "F64", "I16", "I32", "I64", "U16", "U32", "U64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bnb4:
+    """`nested_blocksize` is 0 without double quantisation; `state_bytes` is the length of the JSON beside the codes."""
+
+    quant_type: str
+    blocksize: int
+    nested_blocksize: int
+    state_bytes: int
+    nested_offset: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        return f"bitsandbytes {self.quant_type}"
+
+    def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
+        count = math.prod(shape)
+        blocks = -(-count // self.blocksize)
+        nested = {
+            "nested_absmax": PartLayout(
+                name=f"{name}.nested_absmax", dtypes=("F32",), shape=(-(-blocks // max(1, self.nested_blocksize)),)
+            ),
+            "nested_quant_map": PartLayout(name=f"{name}.nested_quant_map", dtypes=("F32",), shape=(256,)),
+        }
+        return {
+            CODES: PartLayout(name=name, dtypes=_STORAGE, shape=((count + 1) // 2, 1), packed=True),
+            "absmax": PartLayout(
+                name=f"{name}.absmax", dtypes=("U8" if self.nested_blocksize else "F32",), shape=(blocks,)
+            ),
+            "quant_map": PartLayout(name=f"{name}.quant_map", dtypes=("F32",), shape=(16,)),
+            **(nested if self.nested_blocksize else {}),
+            "state": PartLayout(
+                name=f"{name}.quant_state.bitsandbytes__{self.quant_type}", dtypes=("U8",), shape=(self.state_bytes,)
+            ),
+        }
+
+
+def find(tensors: Mapping[str, StoredTensor]) -> Iterator[EncodedTensor]:
+    """Yield the 4-bit weights among `tensors`.
+
+    Raises:
+        CheckpointError: a state that cannot be read, or parts that do not fit it.
+    """
+    for name, state in tensors.items():
+        match = _STATE.fullmatch(name)
+        if match:
+            yield _weight(match[1], match[2], state, tensors)
+
+
+def _weight(name: str, quant_type: str, state: StoredTensor, tensors: Mapping[str, StoredTensor]) -> EncodedTensor:
+    values = _read_state(state)
+    try:
+        shape = tuple(values["shape"])
+        dtype = FLOAT_CODE_BY_NAME[values["dtype"]]
+        nested = values.get("nested_blocksize") or 0
+        encoding = Bnb4(
+            quant_type=values["quant_type"],
+            blocksize=values["blocksize"],
+            nested_blocksize=nested,
+            state_bytes=state.num_bytes,
+            nested_offset=float(values["nested_offset"]) if nested else 0.0,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"tensor {state.name!r} lacks or garbles {error}: {values}", path=state.path) from None
+    sizes = [*shape, encoding.blocksize]
+    sane = all(type(size) is int and 0 < size < 2**40 for size in sizes) and type(nested) is int and nested >= 0
+    if not shape or not sane or encoding.quant_type != quant_type or not math.isfinite(encoding.nested_offset):
+        raise CheckpointError(
+            f"tensor {state.name!r} does not describe a {quant_type} weight: {values}", path=state.path
+        )
+    return encoded(name, dtype, shape, encoding, tensors)
+
+
+def _read_state(state: StoredTensor) -> dict[str, Any]:
+    if state.dtype != "U8" or state.num_bytes > _MAX_STATE_BYTES:
+        raise CheckpointError(
+            f"tensor {state.name!r} is {state.dtype} {state.shape}, expected a short JSON text as U8", path=state.path
+        )
+    try:
+        values = json.loads(read_bytes(state))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"tensor {state.name!r} is not valid JSON ({error})", path=state.path) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"tensor {state.name!r} is not a JSON object", path=state.path)
+    return values

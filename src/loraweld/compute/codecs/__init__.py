@@ -1,0 +1,1 @@
+"""Codecs: stored bytes → rows of numbers and back, one file per family of encodings."""

@@ -1,0 +1,153 @@
+"""Integers of a few bits packed into int32 words: value = (code - zero) · scale of its group.
+
+Shape letters: O = outputs, o = outputs at hand, I = inputs, G = groups.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loraweld.checkpoint.encodings.encoded import EncodedTensor
+from loraweld.checkpoint.encodings.grouped import Awq, Gptq, Packed
+from loraweld.checkpoint.reader import Reader
+from loraweld.compute.codecs.plain import PlainRows
+from loraweld.compute.tensors import read_block, read_flat, read_vector, torch_dtype
+from loraweld.errors import CheckpointError
+
+_WORD_BITS = 32
+_AWQ_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)
+
+
+def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the first `count` codes of the bit streams along the last axis of int32 `words`, lowest bits first.
+
+    A code may cross the border of two words only where whole groups of `bits` words hold 32 codes (3 bit in GPTQ).
+    """
+    if _WORD_BITS % bits == 0:
+        shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
+        return (words.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1).flatten(-2)[..., :count]
+    stream = words.long().bitwise_and_(0xFFFFFFFF).view(*words.shape[:-1], -1, bits)
+    codes = []
+    for place in range(0, _WORD_BITS * bits, bits):
+        word, shift = divmod(place, _WORD_BITS)
+        code = stream[..., word] >> shift
+        if shift + bits > _WORD_BITS:
+            code = code | (stream[..., word + 1] << (_WORD_BITS - shift))
+        codes.append(code.bitwise_and_((1 << bits) - 1))
+    return torch.stack(codes, dim=-1).flatten(-2)[..., :count].int()
+
+
+def _group_of(source: EncodedTensor, reader: Reader, inputs: int, group: int, num_groups: int) -> torch.Tensor:
+    """The group of each input, (I,)."""
+    named = source.part("group_of")
+    if named is None:
+        return torch.arange(inputs) // group
+    groups = read_flat(reader, named).long()
+    if len(groups) and not (0 <= int(groups.min()) and int(groups.max()) < num_groups):
+        raise CheckpointError(
+            f"tensor {named.name!r} names groups {int(groups.min())} to {int(groups.max())}, there are {num_groups}",
+            path=named.path,
+        )
+    return groups
+
+
+class PackedDecoder:
+    """compressed-tensors `pack-quantized`."""
+
+    def __init__(self, source: EncodedTensor, encoding: Packed, reader: Reader) -> None:
+        self.source = source
+        self.encoding = encoding
+        self.reader = reader
+        self.dtype = torch_dtype(source.dtype)
+        rows, cols = source.shape
+        scale = source.need("scale")
+        self.scale_OG = read_vector(reader, scale).view(scale.shape)
+        self.zero_OG: torch.Tensor | None = None
+        zero = source.part("zero")
+        if zero is not None:
+            words = read_flat(reader, zero).view(zero.shape)
+            self.zero_OG = unpack(words.T.contiguous(), encoding.bits, rows).T.float()
+        self.group_of = _group_of(source, reader, cols, encoding.group, scale.cols)
+
+    def rows(self, start: int, stop: int) -> PackedRows:
+        return PackedRows(self)
+
+
+class PackedRows:
+    def __init__(self, decoder: PackedDecoder) -> None:
+        self._decoder = decoder
+        self._words = PlainRows(decoder.source.codes, decoder.reader)
+
+    def read(self, top: int, bottom: int) -> torch.Tensor:
+        decoder = self._decoder
+        codes = unpack(self._words.read(top, bottom), decoder.encoding.bits, decoder.source.cols).float()
+        if decoder.zero_OG is None:
+            codes.sub_(1 << (decoder.encoding.bits - 1))
+        else:
+            codes.sub_(decoder.zero_OG[top:bottom][:, decoder.group_of])
+        return codes.mul_(decoder.scale_OG[top:bottom][:, decoder.group_of]).to(decoder.dtype)
+
+
+class GptqDecoder:
+    """GPTQ: codes packed down the inputs of the transposed weight."""
+
+    def __init__(self, source: EncodedTensor, encoding: Gptq, reader: Reader) -> None:
+        outputs, inputs = source.shape
+        scale, zero = source.need("scale"), source.need("zero")
+        self.source = source
+        self.reader = reader
+        self.bits = encoding.bits
+        self.group_of = _group_of(source, reader, inputs, encoding.group, scale.rows)
+        self.scale_GO = read_vector(reader, scale).view(scale.shape)
+        zeros = unpack(read_flat(reader, zero).view(zero.shape), encoding.bits, outputs)
+        self.zero_GO = zeros.add_(encoding.zero_offset).bitwise_and_((1 << encoding.bits) - 1).float()
+
+    def rows(self, start: int, stop: int) -> TransposedRows:
+        codes = self.source.codes
+        words_Wo = read_block(self.reader, codes, (0, codes.rows), (start, stop))
+        return TransposedRows(self, words_Wo, start)
+
+    def unpack(self, words_Wo: torch.Tensor) -> torch.Tensor:
+        """Return the codes (o, I) of some outputs."""
+        return unpack(words_Wo.T.contiguous(), self.bits, self.source.cols)
+
+
+class AwqDecoder:
+    """AWQ: eight codes of neighbouring outputs in a word, in an order of their own."""
+
+    def __init__(self, source: EncodedTensor, encoding: Awq, reader: Reader) -> None:
+        scale, zero = source.need("scale"), source.need("zero")
+        self.source = source
+        self.reader = reader
+        self.group_of = _group_of(source, reader, source.cols, encoding.group, scale.rows)
+        self.scale_GO = read_vector(reader, scale).view(scale.shape)
+        self.zero_GO = _unpack_awq(read_flat(reader, zero).view(zero.shape)).float()
+
+    def rows(self, start: int, stop: int) -> TransposedRows:
+        codes, first = self.source.codes, start // 8
+        words = read_block(self.reader, codes, (0, codes.rows), (first, -(-stop // 8)))
+        return TransposedRows(self, _unpack_awq(words), first * 8)
+
+    def unpack(self, codes_Io: torch.Tensor) -> torch.Tensor:
+        """Return the codes (o, I) of some outputs."""
+        return codes_Io.T.contiguous()
+
+
+def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
+    return (words.unsqueeze(-1) >> _AWQ_SHIFTS).bitwise_and_(0xF).flatten(-2)
+
+
+class TransposedRows:
+    """Outputs of a weight whose stored form has the outputs side by side; `words` are those from `start` on."""
+
+    def __init__(self, decoder: GptqDecoder | AwqDecoder, words: torch.Tensor, start: int) -> None:
+        self._decoder = decoder
+        self._words = words
+        self._start = start
+        self._dtype = torch_dtype(decoder.source.dtype)
+
+    def read(self, top: int, bottom: int) -> torch.Tensor:
+        decoder = self._decoder
+        codes_oI = decoder.unpack(self._words[:, top - self._start : bottom - self._start]).float()
+        codes_oI.sub_(decoder.zero_GO[:, top:bottom].T[:, decoder.group_of])
+        return codes_oI.mul_(decoder.scale_GO[:, top:bottom].T[:, decoder.group_of]).to(self._dtype)
