@@ -57,11 +57,13 @@ def random_factors(
     return factors
 
 
-def write_base(folder: Path, tensors: Mapping[str, Tensor], *, num_files: int = 1, model_type: str = "llama") -> Path:
-    """Write a base model; with several files also its index."""
+def save_base(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, *, num_files: int = 1
+) -> Path:
+    """Write tensors to `num_files` files, with an index if there are several, and a config unless it is None."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": model_type, "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
     names = [f"model-{i + 1:05d}-of-{num_files:05d}.safetensors" for i in range(num_files)]
     names = names if num_files > 1 else ["model.safetensors"]
     weight_map = {name: names[i * num_files // len(tensors)] for i, name in enumerate(tensors)}
@@ -71,8 +73,13 @@ def write_base(folder: Path, tensors: Mapping[str, Tensor], *, num_files: int = 
     if num_files > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index))
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
     return folder
+
+
+def write_base(folder: Path, tensors: Mapping[str, Tensor], *, num_files: int = 1, model_type: str = "llama") -> Path:
+    """Write a base model whose config says just enough."""
+    return save_base(folder, tensors, {"model_type": model_type, "tie_word_embeddings": False}, num_files=num_files)
 
 
 def write_adapter(

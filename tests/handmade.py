@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fakes import INDEX_NAME, PREFIX, llama_shapes, random_tensors
+from fakes import PREFIX, llama_shapes, random_tensors, save_base
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 16, 24, 2, 40
 SHAPES = llama_shapes(hidden=HIDDEN, intermediate=INTERMEDIATE, layers=LAYERS, vocab=VOCAB)
@@ -47,26 +47,6 @@ def llama_tensors(dtype: torch.dtype = torch.bfloat16, *, tied: bool = False, se
     if tied:
         del tensors["lm_head.weight"]
     return tensors
-
-
-def save_base(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, *, num_files: int = 1
-) -> Path:
-    """Write tensors to `num_files` files, with an index if there are several, and a config unless it is None."""
-    folder.mkdir(parents=True)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-    names = [f"model-{i + 1:05d}-of-{num_files:05d}.safetensors" for i in range(num_files)]
-    names = names if num_files > 1 else ["model.safetensors"]
-    weight_map = {name: names[i * num_files // len(tensors)] for i, name in enumerate(tensors)}
-    for file in names:
-        chosen = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
-        save_file(chosen, folder / file, metadata={"format": "pt"})
-    if num_files > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
-    return folder
 
 
 def save_llama(

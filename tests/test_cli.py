@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import loraweld
-from fakes import INDEX_NAME, contents, load_folder
+from fakes import INDEX_NAME, contents, load_folder, save_base
 from handmade import (
     MODULES,
     Q_PROJ,
@@ -28,7 +28,6 @@ from handmade import (
     lora,
     loras,
     save_adapter,
-    save_base,
     save_llama,
 )
 from loraweld.cli import main
@@ -907,6 +906,13 @@ def hub(place: Path) -> dict[str, str]:
     return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "home")}
 
 
+@pytest.fixture
+def hub_in_process(hub: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what huggingface_hub has read from the environment when this process imported it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", hub["HF_HUB_CACHE"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def test_the_revision_that_an_adapter_pins_is_merged(place: Path, hub: dict[str, str]) -> None:
     """A base by its Hub id, at the revision of the adapter's config, not at the default branch; found in the local
     cache without a network. Its files are links to blobs: the output holds files."""
@@ -918,43 +924,25 @@ def test_the_revision_that_an_adapter_pins_is_merged(place: Path, hub: dict[str,
     assert not [path for path in (place / "out").rglob("*") if path.is_symlink()]
 
 
+@pytest.mark.usefixtures("hub_in_process")
 @pytest.mark.parametrize(
     ("revision", "extra"), [(None, True), ("main", True), (NEW, True), ("v1", False), (OLD, False)]
 )
-def test_a_hub_id_is_found_in_the_cache(
-    revision: str | None,
-    extra: bool,
-    place: Path,
-    command: Command,
-    hub: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_hub_id_is_found_in_the_cache(revision: str | None, extra: bool, place: Path, command: Command) -> None:
     """Branch, tag or commit: each finds its own snapshot (the newer one has a tensor more)."""
-    use_hub(hub, monkeypatch)
     save_adapter(place / "named", TENSORS, base_model_name_or_path="org/base", revision=revision)
     planned = json.loads(command("plan named -o out --json").out)
     assert sum(planned["recipes"].values()) == len(llama_tensors()) + extra
 
 
-def use_hub(hub: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set what huggingface_hub has read from the environment when this process imported it."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", hub["HF_HUB_CACHE"])
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
+@pytest.mark.usefixtures("hub_in_process")
 @pytest.mark.parametrize(
     ("name", "revision"), [("org/missing", None), ("missing", None), ("org/base", "v9"), ("org/base", "a" * 40)]
 )
 def test_a_base_that_is_not_in_the_cache_is_explained(
-    name: str,
-    revision: str | None,
-    place: Path,
-    command: Command,
-    hub: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, revision: str | None, place: Path, command: Command
 ) -> None:
     """Offline, a Hub id or revision that the cache lacks: exit code 1, the id, the revision and --base."""
-    use_hub(hub, monkeypatch)
     save_adapter(place / "named", TENSORS, base_model_name_or_path=name, revision=revision)
     before = everything(place)
     assert_error(command("merge named -o out"), name, revision or "", "--base")
@@ -964,11 +952,9 @@ def test_a_base_that_is_not_in_the_cache_is_explained(
     assert everything(place) == before
 
 
-def test_a_base_given_by_id_and_an_inspected_id(
-    place: Path, command: Command, hub: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("hub_in_process")
+def test_a_base_given_by_id_and_an_inspected_id(place: Path, command: Command) -> None:
     """--base and inspect take a Hub id too; a name that is no id is refused as one."""
-    use_hub(hub, monkeypatch)
     assert command("merge adapter --base org/base -o out").code == 0
     assert_merged(place / "out", place / "newer")
     assert json.loads(command("inspect org/base --json").out)["commit"] == NEW

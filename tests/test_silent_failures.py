@@ -17,7 +17,7 @@ import transformers as tf
 from torch import Tensor
 
 import loraweld
-from fakes import INDEX_NAME, contents, load_folder
+from fakes import INDEX_NAME, contents, load_folder, save_base
 from handmade import (
     DTYPE_NAMES,
     EMBEDDING,
@@ -31,7 +31,6 @@ from handmade import (
     lora,
     loras,
     save_adapter,
-    save_base,
     save_llama,
 )
 from processes import kill_halfway
