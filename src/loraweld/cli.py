@@ -92,6 +92,9 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("workers", "overwrite", "resume", "tokenizer"),
         )
     }
+    for name, value in options.items():
+        if value in ([], "--"):  # older versions of argparse turn the dashes of `--base=--` into an empty list
+            raise _UsageError(f"--{name.replace('_', '-')} is '--', expected a value (a folder of that name is ./--)")
     try:
         return make_request(arguments.adapter, **options)
     except RequestError as error:
