@@ -415,6 +415,41 @@ def test_a_merge_that_rounding_undoes_is_an_error(tmp_path: Path) -> None:
     assert_refused(tmp_path, adapter, words=["float32"], in_planning=False)
 
 
+def zeroed(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) if part in name else tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_an_adapter_that_changes_nothing_is_told(dtype: str, tmp_path: Path) -> None:
+    """An untrained adapter reported as merged: the weights are the base's, and a note says so, also when the same
+    merge is compared."""
+    base = save_llama(tmp_path / "base", num_files=2)
+    adapter = save_adapter(tmp_path / "adapter", zeroed(loras(*MODULES), "lora_B"))
+    for was_there in (False, True):
+        report = loraweld.merge(adapter, output=tmp_path / "merged", base=base, dtype=dtype)
+        assert report.was_there == was_there
+        assert [note for note in report.notes if "changes nothing" in note and "adapter" in note]
+    merged = load_folder(tmp_path / "merged")
+    assert all(torch.equal(merged[name].float(), tensor.float()) for name, tensor in load_folder(base).items())
+
+
+def test_an_adapter_that_changes_anything_is_not_said_to_change_nothing(tmp_path: Path) -> None:
+    """One trained factor, or a tensor saved whole beside untrained factors: no such note."""
+    save_llama(tmp_path / "base")
+    idle = zeroed(lora(Q_PROJ), "lora_B")
+    trained = save_adapter(tmp_path / "trained", {**idle, **lora(DOWN)}, target_modules=[Q_PROJ, DOWN])
+    saved = save_adapter(
+        tmp_path / "saved",
+        {**idle, "model.norm.weight": torch.ones(16)},
+        modules_to_save=["norm"],
+        target_modules=[Q_PROJ],
+    )
+    summed = (save_adapter(tmp_path / "idle", idle, target_modules=[Q_PROJ]), trained)
+    for number, adapters in enumerate(((trained,), (saved,), summed)):
+        report = loraweld.merge(adapters, output=tmp_path / f"out-{number}", base=tmp_path / "base")
+        assert "changes nothing" not in " ".join(report.notes)
+
+
 def test_an_adapter_converted_from_pissa_is_merged_as_it_is(tmp_path: Path) -> None:
     """PiSSA delta added to the unmodified base; converted adapters refused: read what the file is. Converted,
     A' = [A; A₀], B' = [B, -B₀], alpha and rank doubled."""

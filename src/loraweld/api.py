@@ -13,6 +13,7 @@ from loraweld.planning.build import build_plan
 from loraweld.planning.facts import Facts, gather_facts
 from loraweld.planning.lora_output import plan_lora
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan
+from loraweld.planning.notes import no_change_notes
 from loraweld.record import record_text
 from loraweld.report import MergeReport, human_bytes
 from loraweld.request import MergeRequest, PathLike, make_request
@@ -119,7 +120,7 @@ def _fulfil(
     """Find the output finished, compare it, or write it."""
     identity = _identity(made, record)
     if finish_published(request.output, identity=identity):
-        return _report(made, 0, made.bytes_written, started=started)
+        return _report(made, made.bytes_written, started=started)
     if _is_taken(request):
         result = _compare(made, record, progress)
         discard_staging(request.output)
@@ -142,7 +143,7 @@ def _is_taken(request: MergeRequest) -> bool:
     return not request.overwrite and request.output.is_dir() and any(request.output.iterdir())
 
 
-def _compare(made: MergePlan, record: str | None, progress: Progress) -> tuple[int, int]:
+def _compare(made: MergePlan, record: str | None, progress: Progress) -> tuple[int, list[str]]:
     """An output that says it is the result of this merge is compared with it, byte for byte.
 
     Raises:
@@ -154,11 +155,12 @@ def _compare(made: MergePlan, record: str | None, progress: Progress) -> tuple[i
     return _run(made, ExistingSink(made.output), record, progress)
 
 
-def _run(made: MergePlan, sink: Any, record: str | None, progress: Progress) -> tuple[int, int]:
+def _run(made: MergePlan, sink: Any, record: str | None, progress: Progress) -> tuple[int, list[str]]:
+    """Return the bytes that an earlier run had finished, and what only the run could tell."""
     from loraweld.execute.run import run_plan  # torch is imported only once there is work
 
     result = run_plan(made, sink, record=record, progress=progress)
-    return result.made_bytes, result.resumed_bytes
+    return result.resumed_bytes, no_change_notes(made) if result.saw_no_change else []
 
 
 def _check_disk(made: MergePlan) -> None:
@@ -193,7 +195,7 @@ def _output_error(error: OSError, request: MergeRequest) -> OutputError:
 
 
 def _report(
-    made: MergePlan, made_bytes: int, resumed_bytes: int, *, started: float, was_there: bool = False
+    made: MergePlan, resumed_bytes: int, notes: Sequence[str] = (), *, started: float, was_there: bool = False
 ) -> MergeReport:
     return MergeReport(
         output=made.output,
@@ -204,7 +206,7 @@ def _report(
         files=tuple([file.name for file in made.weights] + [file.name for file in made.small]),
         recipes=dict(made.recipes_by_kind),
         modules=made.modules,
-        notes=made.notes,
+        notes=(*made.notes, *notes),
         bytes_written=made.bytes_written,
         resumed_bytes=resumed_bytes,
         was_there=was_there,

@@ -54,8 +54,8 @@ class Filler:
             if not piece.recipe.keeps_bytes and piece.recipe.num_bytes:
                 _PieceWriter(self._editor(piece.recipe), piece.offset, item, buffer, scratch).write()
 
-    def check_any_change(self) -> None:
-        """Refuse a result in which nothing is left of what was trained.
+    def check_any_change(self) -> bool:
+        """Return whether any edited tensor differs from its base; refuse if nothing is left of what was trained.
 
         Raises:
             NumericsError: deltas were not zero, yet no tensor differs from its base after rounding.
@@ -65,6 +65,7 @@ class Filler:
                 "every change of the adapter is smaller than the output dtype can hold: the result would be "
                 "the base. Give --dtype float32"
             )
+        return self._outcome.any_change
 
     def _editor(self, recipe: Recipe) -> TensorEditor:
         with self._lock:

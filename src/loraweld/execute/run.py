@@ -59,10 +59,14 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """Bytes of weights that this run made, and those it found finished by an earlier one."""
+    """Bytes of weights that this run made, and those it found finished by an earlier one.
+
+    `saw_no_change`: this run made everything, and no edit changed its tensor.
+    """
 
     made_bytes: int
     resumed_bytes: int
+    saw_no_change: bool
 
 
 def run_plan(plan: MergePlan, sink: Sink, *, record: str | None, progress: Progress) -> RunResult:
@@ -113,9 +117,11 @@ class _Run:
         for item in done:
             self._files.item_done(item)
         self._work(left)
-        if not done:
-            self._filler.check_any_change()
-        return RunResult(made_bytes=sum(item.end - item.start for item in left), resumed_bytes=resumed)
+        return RunResult(
+            made_bytes=sum(item.end - item.start for item in left),
+            resumed_bytes=resumed,
+            saw_no_change=not done and not self._filler.check_any_change(),
+        )
 
     def _work(self, items: list[Item]) -> None:
         with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="loraweld") as pool:

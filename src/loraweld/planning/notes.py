@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import INDEX_NAME, Base
 from loraweld.checkpoint.encodings.encoded import EncodedTensor
+from loraweld.checkpoint.stored import StoredTensor
 from loraweld.naming.tied import Tie
+from loraweld.planning.merge_plan import MergePlan
 
 
 def tie_notes(untied: Sequence[Tie]) -> list[str]:
@@ -29,6 +31,24 @@ def adapter_notes(adapters: Sequence[Adapter]) -> list[str]:
         if adapter.config.init in ("pissa", "olora"):
             notes.append(f"{adapter.label}: {adapter.config.init} residual base derived again from the base's weights")
     return notes
+
+
+def no_change_notes(plan: MergePlan) -> list[str]:
+    """Say, of a plan whose edits were seen to change no tensor, that the adapters change nothing, if so."""
+    recipes = list(plan.recipes)
+    adapter_files = {ref.path for recipe in recipes for edit in recipe.edits for ref in edit.refs}
+    replaces = any(
+        recipe.kind in ("replace", "new")
+        or (isinstance(recipe.source, StoredTensor) and recipe.source.path in adapter_files)
+        for recipe in recipes
+    )
+    if replaces or not adapter_files:
+        return []
+    names = ", ".join(plan.adapters)
+    return [
+        f"{names}: changes nothing, every weight is what it is without it. Was it trained? "
+        "A new LoRA has only zeros in lora_B"
+    ]
 
 
 def decoding_notes(base: Base) -> list[str]:
