@@ -20,7 +20,6 @@ class Names:
         self._stored = frozenset(stored)
         self._renamings = [(re.compile(pattern), new) for pattern, new in renamings(model_type)]
         self._leading = sorted({name.partition(".")[0] for name in stored})
-        self._components = frozenset(part for name in stored for part in name.split("."))
 
     def find(self, name: str) -> str | None:
         """Return the stored name of parameter `name`, None if there is none.
@@ -37,9 +36,9 @@ class Names:
                 return hits[0]
         return None
 
-    def knows_component(self, component: str) -> bool:
-        """Return whether any stored name has `component` between its dots."""
-        return component in self._components
+    def knows(self, part: str) -> bool:
+        """Return whether any stored name has `part`, one component or more, between its dots."""
+        return any(f".{part}." in f".{name}." for name in self._stored)
 
     def _spellings(self, name: str) -> list[str]:
         renamed = (pattern.sub(new, name) for pattern, new in self._renamings)

@@ -185,12 +185,15 @@ class ClaimFinder:
         raise MatchError(f"the base has no tensor for it (looked for {parameter!r})")
 
     def _is_new_head(self, parameter: str) -> bool:
-        """A head that was trained from nothing: named in modules_to_save, unknown to every name of the base."""
-        components = parameter.split(".")
-        return any(
-            saved in components and not self._names.knows_component(saved)
-            for saved in self._adapter.config.modules_to_save
-        )
+        """A layer that was trained from nothing: named in modules_to_save, unknown to every name of the base.
+
+        PEFT saves each module whose path ends with a name, mid-word too: "classifier" saves "pre_classifier".
+        """
+        for saved in self._adapter.config.modules_to_save:
+            before, found, _ = parameter.partition(f"{saved}.")
+            if found and not self._names.knows(before.rpartition(".")[2] + saved):
+                return True
+        return False
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name` as this adapter's edits meet it."""
