@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -575,6 +576,51 @@ def test_a_saved_head_under_its_old_name_replaces_the_stored_one(tmp_path: Path)
     merged = merge(tmp_path, adapter, dtype="float32")
     assert_only_changed(merged, base, {"language_model.lm_head.weight"})
     assert torch.equal(merged["language_model.lm_head.weight"], head)
+
+
+def tiny_model(name: str, **more: Any) -> tf.PreTrainedModel:
+    """Make a model of a class of transformers for any kind of text model, as small as it gets."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes |= {"vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0, "embedding_size": 8}
+    sizes |= {"d_model": 16, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "encoder_layers": 1}
+    sizes |= {"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model_class = getattr(tf, name)
+    return model_class(model_class.config_class(**sizes, **more))
+
+
+TASK_MODELS = {
+    "bert": ("BertForMaskedLM", "BertForSequenceClassification", "query", ["bert.pooler.dense"]),
+    "bert with a pooler": ("BertForPreTraining", "BertForSequenceClassification", "query", []),
+    "albert": ("AlbertForMaskedLM", "AlbertForSequenceClassification", "query", ["albert.pooler"]),
+    "deberta": ("DebertaV2ForMaskedLM", "DebertaV2ForSequenceClassification", "query_proj", ["pooler.dense"]),
+    "distilbert": ("DistilBertForMaskedLM", "DistilBertForSequenceClassification", "q_lin", []),
+    "electra": ("ElectraForMaskedLM", "ElectraForSequenceClassification", "query", []),
+    "bart": (
+        *("BartForConditionalGeneration", "BartForSequenceClassification", "q_proj"),
+        ["classification_head.dense", "classification_head.out_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(("base", "task", "target", "missing"), TASK_MODELS.values(), ids=TASK_MODELS)
+def test_layers_that_neither_base_nor_adapter_holds_are_named(
+    base: str, task: str, target: str, missing: Sequence[str], saved: bool, tmp_path: Path
+) -> None:
+    """A classifier whose layer below the head is random at every load, without a word: a note names what the class
+    of the task misses in the merged files; there is none where modules_to_save has saved it."""
+    tiny_model(base).save_pretrained(tmp_path / "base")
+    model = getattr(tf, task).from_pretrained(tmp_path / "base")
+    names = [layer.removeprefix("bert.").removeprefix("albert.") for layer in missing] if saved else []
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=[target], modules_to_save=names or None)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    report = loraweld.merge(tmp_path / "adapter", output=tmp_path / "merged", base=tmp_path / "base")
+    _, loading = getattr(tf, task).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    expected = [] if saved else list(missing)
+    assert sorted({key.rpartition(".")[0] for key in loading["missing_keys"]}) == expected
+    notes = [note for note in report.notes if "neither base nor adapter holds" in note]
+    assert len(notes) == bool(expected)
+    assert all(layer in note for note in notes for layer in expected)
 
 
 # 2. Tied embeddings and vocabulary

@@ -19,10 +19,10 @@ from loraweld.planning.layout import SHARD_BYTES, index_file, keep_layout, repac
 from loraweld.planning.memory import plan_memory
 from loraweld.planning.merge_plan import MergePlan, ModuleLine, Recipe, WeightFile
 from loraweld.planning.model_config import ConfigEdits, config_file
-from loraweld.planning.notes import adapter_notes, decoding_notes, left_out_notes, tie_notes
+from loraweld.planning.notes import adapter_notes, decoding_notes, left_out_notes, missing_layer_notes, tie_notes
 from loraweld.planning.paths import check_output
 from loraweld.planning.recipes import make_recipes, output_dtype
-from loraweld.planning.task import Task, find_task
+from loraweld.planning.task import Task, find_task, missing_layers
 from loraweld.planning.vocabulary import check_ties_known, grow_to_tokenizer, new_vocab_size
 from loraweld.request import MergeRequest
 
@@ -61,6 +61,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
             *left_out_notes(base, left_out),
             *decoding_notes(base),
             *adapter_notes(adapters),
+            *missing_layer_notes(missing_layers(adapters, base.model_type, [recipe.name for recipe in recipes])),
         ),
         inputs=(*(file.path for file in base.files), *(adapter.weights for adapter in adapters)),
         scratch=adapters,

@@ -33,6 +33,16 @@ def adapter_notes(adapters: Sequence[Adapter]) -> list[str]:
     return notes
 
 
+def missing_layer_notes(layers: Sequence[str]) -> list[str]:
+    """Say which layers a model of the adapter's task needs, but nothing holds."""
+    if not layers:
+        return []
+    return [
+        f"neither base nor adapter holds {', '.join(layers)}, which the model class of the adapter's task has: "
+        "transformers fills in random values at every load, as it did in training. modules_to_save would have kept them"
+    ]
+
+
 def no_change_notes(plan: MergePlan) -> list[str]:
     """Say, of a plan whose edits were seen to change no tensor, that the adapters change nothing, if so."""
     recipes = list(plan.recipes)

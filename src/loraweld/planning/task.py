@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from loraweld.adapter.files import Adapter
+from loraweld.naming.families import layers_of_task
 from loraweld.naming.roles import is_task_head
 from loraweld.planning.changes import Change
 
@@ -34,3 +35,15 @@ def find_task(adapters: Iterable[Adapter], changes: Mapping[str, Change]) -> Tas
     ]
     suffix = suffixes.pop() if len(suffixes) == 1 else None
     return Task(class_suffix=suffix, num_labels=heads[-1].rows) if suffix and heads else None
+
+
+def missing_layers(adapters: Iterable[Adapter], model_type: str, written: Collection[str]) -> list[str]:
+    """Return the layers that the class of an adapter's task has, and that are not among the tensors written."""
+    layers = [layer for a in adapters for layer in layers_of_task(a.config.task_type, model_type)]
+    return [layer for layer in dict.fromkeys(layers) if not _is_among(f"{layer}.weight", written)]
+
+
+def _is_among(parameter: str, written: Collection[str]) -> bool:
+    """True if `parameter` is written under its name, or with one leading component more or less."""
+    shorter = {name.partition(".")[2] for name in written}
+    return parameter in written or parameter in shorter or parameter.partition(".")[2] in written
