@@ -1,0 +1,1 @@
+"""A finished merge in the formats of other runtimes."""
