@@ -253,7 +253,7 @@ def test_a_base_whose_packed_weights_are_incomplete_is_refused(tmp_path: Path) -
         rows = tensors.pop(f"{module}.weight").shape[0]
         tensors[f"{module}.qweight"] = torch.ones(2, rows, dtype=torch.int32)
         tensors[f"{module}.scales"] = torch.ones(1, rows, dtype=torch.float16)
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 16}
     save_base(tmp_path / "base", tensors, llama_config(quantization_config=settings))
     adapter = save_adapter(tmp_path / "adapter", loras(*MODULES))
     assert_refused(tmp_path, adapter, words=["lacks its zero", "mlp.down_proj.qzeros"])

@@ -17,7 +17,7 @@ from loraweld.compute.editor import EditSession, Outcome, Scratch, TensorEditor
 from loraweld.compute.kernels import Ints
 from loraweld.errors import NumericsError
 from loraweld.execute.items import Item
-from loraweld.planning.merge_plan import PlacedRecipe, Recipe
+from loraweld.planning.merge_plan import PlacedPart, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +117,14 @@ class _PieceWriter:
                 item[places[here]] = elements[here, byte]
 
 
-def _overlapping(item: Item) -> list[PlacedRecipe]:
+def _overlapping(item: Item) -> list[PlacedPart]:
     placed = item.file.placed
     first = max(0, bisect_right(placed, item.start, key=lambda p: p.offset) - 1)
     last = bisect_right(placed, item.end - 1, key=lambda p: p.offset)
     return [piece for piece in placed[first:last] if piece.end > item.start]
 
 
-def _runs(placed: list[PlacedRecipe], item: Item) -> Iterator[_Run]:
+def _runs(placed: list[PlacedPart], item: Item) -> Iterator[_Run]:
     run: _Run | None = None
     for piece in placed:
         if not piece.recipe.keeps_bytes:

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from loraweld.checkpoint.base import INDEX_NAME, SINGLE_NAME, Base
+from loraweld.checkpoint.encodings.encoded import CODES
 from loraweld.checkpoint.header import PAGE_BYTES, build_header
 from loraweld.checkpoint.jsonfile import dump_json
 from loraweld.checkpoint.stored import SafetensorsFile
-from loraweld.planning.merge_plan import PlacedRecipe, Recipe, SmallFile, WeightFile
+from loraweld.planning.merge_plan import Part, PlacedPart, Recipe, SmallFile, WeightFile
 
 SHARD_BYTES = 5 * 10**9
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """A tensor of the output, before it has its place."""
+
+    recipe: Recipe
+    part: Part
+
+
 def keep_layout(base: Base, recipes: Sequence[Recipe]) -> tuple[WeightFile, ...]:
     """Files as the base has them: same names, same order; tensors the base does not have come last."""
-    by_name = {recipe.name: recipe for recipe in recipes}
-    new = [recipe for recipe in recipes if recipe.name not in base.tensors]
+    by_name = {output.part.name: output for recipe in recipes for output in _outputs(recipe)}
     groups = [[by_name[t.name] for t in file.tensors if t.name in by_name] for file in base.files]
-    groups[-1] += new
+    groups[-1] += [output for name, output in by_name.items() if name not in base.stored]
     return tuple(_like(file, group) for file, group in zip(base.files, groups, strict=True) if group)
 
 
 def repack(base: Base, recipes: Sequence[Recipe], max_shard_bytes: int) -> tuple[WeightFile, ...]:
     """Files of at most `max_shard_bytes` tensor bytes (a larger tensor has a file of its own), in order."""
-    groups: list[list[Recipe]] = []
+    groups: list[list[_Output]] = []
     free = 0
     for recipe in recipes:
         if not groups or recipe.num_bytes > free:
             groups.append([])
             free = max_shard_bytes
-        groups[-1].append(recipe)
+        groups[-1] += _outputs(recipe)
         free -= recipe.num_bytes
     metadata = {"format": "pt", **base.files[0].header.metadata}
     return tuple(
@@ -46,14 +55,16 @@ def index_file(base: Base, files: Sequence[WeightFile]) -> list[SmallFile]:
         return []
     if base.index is None and all(file.name == old.path.name for file, old in zip(files, base.files, strict=False)):
         return []  # several files without an index, as the base has them
-    weight_map = {placed.recipe.name: file.name for file in files for placed in file.placed}
-    total = sum(placed.recipe.num_bytes for file in files for placed in file.placed)
+    weight_map = {placed.part.name: file.name for file in files for placed in file.placed}
+    total = sum(placed.part.num_bytes for file in files for placed in file.placed)
     old = base.index or {}
     metadata = dict(old.get("metadata") or {})
     if dict(old.get("weight_map") or {}) == weight_map and metadata.get("total_size") == total:
         return [SmallFile(name=INDEX_NAME, source=base.folder / INDEX_NAME)]
     if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(math.prod(p.recipe.shape) for f in files for p in f.placed)
+        metadata["total_parameters"] = sum(
+            math.prod(p.recipe.shape) for f in files for p in f.placed if p.part.role == CODES
+        )
     metadata["total_size"] = total
     return [SmallFile(name=INDEX_NAME, text=dump_json({"metadata": metadata, "weight_map": weight_map}))]
 
@@ -62,28 +73,35 @@ def _shard_name(number: int, count: int) -> str:
     return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _like(file: SafetensorsFile, recipes: Sequence[Recipe]) -> WeightFile:
+def _outputs(recipe: Recipe) -> list[_Output]:
+    return [_Output(recipe, part) for part in recipe.parts]
+
+
+def _like(file: SafetensorsFile, outputs: Sequence[_Output]) -> WeightFile:
     """A file with the name, the metadata and the data alignment of `file`."""
     header = file.header
-    same_entries = [(r.name, r.dtype, r.shape) for r in recipes] == [(t.name, t.dtype, t.shape) for t in file.tensors]
+    same_entries = [(o.part.name, o.part.dtype, o.part.shape) for o in outputs] == [
+        (t.name, t.dtype, t.shape) for t in file.tensors
+    ]
     if same_entries and "format" in header.metadata:
-        placed = _place(recipes, header.data_start)
-        untouched = all(recipe.keeps_bytes and recipe.kept.path == file.path for recipe in recipes)
+        placed = _place(outputs, header.data_start)
+        untouched = all(o.recipe.keeps_bytes and o.recipe.kept.path == file.path for o in outputs)
         return WeightFile(
             name=file.path.name, header=header.raw, placed=placed, same_as=file.path if untouched else None
         )
     metadata = {"format": "pt", **header.metadata}
-    return _weight_file(file.path.name, recipes, metadata, align_to=header.data_start % PAGE_BYTES)
+    return _weight_file(file.path.name, outputs, metadata, align_to=header.data_start % PAGE_BYTES)
 
 
-def _weight_file(name: str, recipes: Sequence[Recipe], metadata: dict[str, str], *, align_to: int) -> WeightFile:
-    header = build_header(((r.name, r.dtype, r.shape) for r in recipes), metadata, align_to=align_to)
-    return WeightFile(name=name, header=header, placed=_place(recipes, len(header)), same_as=None)
+def _weight_file(name: str, outputs: Sequence[_Output], metadata: dict[str, str], *, align_to: int) -> WeightFile:
+    entries = ((o.part.name, o.part.dtype, o.part.shape) for o in outputs)
+    header = build_header(entries, metadata, align_to=align_to)
+    return WeightFile(name=name, header=header, placed=_place(outputs, len(header)), same_as=None)
 
 
-def _place(recipes: Iterable[Recipe], offset: int) -> tuple[PlacedRecipe, ...]:
+def _place(outputs: Iterable[_Output], offset: int) -> tuple[PlacedPart, ...]:
     placed = []
-    for recipe in recipes:
-        placed.append(PlacedRecipe(recipe=recipe, offset=offset))
-        offset += recipe.num_bytes
+    for output in outputs:
+        placed.append(PlacedPart(recipe=output.recipe, part=output.part, offset=offset))
+        offset += output.part.num_bytes
     return tuple(placed)

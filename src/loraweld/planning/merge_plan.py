@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.adapter.edits import Edit, LowRank
-from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
+from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import num_bytes
 
@@ -34,8 +34,24 @@ def _edit_key(edit: Edit) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One tensor of an output file: a weight as it is (role "codes"), or what an encoded weight consists of."""
+
+    role: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.dtype, math.prod(self.shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one output tensor is made: the values of `source`, `edits` in order, stored as `dtype`.
+    """How one output weight is made: the values of `source`, `edits` in order, rounded to `dtype`.
+
+    With an `encoding` the rounded values are stored in it, as `encoded_parts`; without, as they are.
 
     `kind` is "copy" (the source's bytes), "convert" (another dtype), "decode" (of a quantised weight), "edit",
     "replace" (the source is the adapter's tensor) or "new" (the base does not store it).
@@ -47,6 +63,13 @@ class Recipe:
     source: Source
     edits: tuple[Edit, ...]
     kind: str
+    encoding: Encoding | None = None
+    encoded_parts: tuple[Part, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors that the weight is written as, the codes or the values themselves first."""
+        return self.encoded_parts or (Part(role=CODES, name=self.name, dtype=self.dtype, shape=self.shape),)
 
     @property
     def rows(self) -> int:
@@ -55,10 +78,7 @@ class Recipe:
 
     @property
     def num_bytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return num_bytes(self.dtype, count)
+        return sum(part.num_bytes for part in self.parts)
 
     @property
     def edits_key(self) -> tuple[object, ...]:
@@ -78,15 +98,16 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedRecipe:
-    """A recipe and the absolute offset of its first byte in the output file."""
+class PlacedPart:
+    """A part of a recipe's output and the absolute offset of its first byte in the output file."""
 
     recipe: Recipe
+    part: Part
     offset: int
 
     @property
     def end(self) -> int:
-        return self.offset + self.recipe.num_bytes
+        return self.offset + self.part.num_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +116,7 @@ class WeightFile:
 
     name: str
     header: bytes
-    placed: tuple[PlacedRecipe, ...]
+    placed: tuple[PlacedPart, ...]
     same_as: Path | None
 
     @property
@@ -152,7 +173,7 @@ class MergePlan:
 
     @property
     def recipes(self) -> Iterator[Recipe]:
-        return (placed.recipe for file in self.weights for placed in file.placed)
+        return (placed.recipe for file in self.weights for placed in file.placed if placed.part.role == CODES)
 
     @cached_property
     def bytes_written(self) -> int:
@@ -188,7 +209,7 @@ class MergePlan:
             digest.update(f"{file.name}\0".encode() + file.header)
             for placed in file.placed:
                 recipe = placed.recipe
-                digest.update(repr((_key(recipe.source), recipe.edits_key)).encode())
+                digest.update(repr((_key(recipe.source), recipe.edits_key, recipe.encoding)).encode())
         for small in self.small:
             digest.update(repr((small.name, small.text)).encode())
         return digest.hexdigest()

@@ -19,7 +19,7 @@ from loraweld.errors import CheckpointError
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
-_MAX_STATE_BYTES = 4096
+_MAX_STATE_BYTES, _MAX_DIMENSIONS = 4096, 8
 _STORAGE = ("U8", "I8", "BF16", "F16", "F32", "F64", "I16", "I32", "I64", "U16", "U32", "U64")
 
 
@@ -84,15 +84,29 @@ def _weight(name: str, quant_type: str, state: StoredTensor, tensors: Mapping[st
             state_bytes=state.num_bytes,
             nested_offset=float(values["nested_offset"]) if nested else 0.0,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"tensor {state.name!r} lacks or garbles {error}: {values}", path=state.path) from None
-    sizes = [*shape, encoding.blocksize]
-    sane = all(type(size) is int and 0 < size < 2**40 for size in sizes) and type(nested) is int and nested >= 0
-    if not shape or not sane or encoding.quant_type != quant_type or not math.isfinite(encoding.nested_offset):
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"tensor {state.name!r} does not describe a {quant_type} weight: {values}", path=state.path
+            f"tensor {state.name!r} lacks or garbles {str(error)[:200]}: {str(values)[:200]}", path=state.path
+        ) from None
+    if encoding.quant_type != quant_type or not _is_sane(shape, encoding):
+        raise CheckpointError(
+            f"tensor {state.name!r} does not describe a {quant_type} weight: {str(values)[:200]}", path=state.path
         )
     return encoded(name, dtype, shape, encoding, tensors)
+
+
+def _is_sane(shape: tuple[object, ...], encoding: Bnb4) -> bool:
+    """Whether values from a stranger's JSON are what their types say, and of a size that bitsandbytes writes."""
+    nested = encoding.nested_blocksize
+    return (
+        0 < len(shape) <= _MAX_DIMENSIONS
+        and all(type(size) is int and 0 < size < 2**40 for size in shape)
+        and type(encoding.blocksize) is int
+        and encoding.blocksize in BLOCKSIZES
+        and type(nested) is int
+        and 0 <= nested < 2**40
+        and math.isfinite(encoding.nested_offset)
+    )
 
 
 def _read_state(state: StoredTensor) -> dict[str, Any]:

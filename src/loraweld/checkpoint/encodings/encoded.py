@@ -89,8 +89,10 @@ def encoded(
     """Return weight `name`, its parts found among `tensors` and checked against the encoding's layout.
 
     Raises:
-        CheckpointError: a part is missing, or of another dtype or size than the encoding has.
+        CheckpointError: a part is missing, or of another dtype or size than the encoding has; a weight of no elements.
     """
+    if not all(shape):
+        raise CheckpointError(f"{encoding.kind} weight {name!r} is {shape}; a quantised weight has elements")
     parts = []
     for role, layout in encoding.layout(name, shape).items():
         stored = tensors.get(layout.name)

@@ -12,9 +12,10 @@ from typing import Any
 
 from loraweld.checkpoint.encodings import bnb4, grouped, microscaled, scaled
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
+from loraweld.checkpoint.encodings.schemes import MAX_SIZE, parse_block, parse_schemes
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import FLOAT_CODE_BY_NAME, is_plain_float
-from loraweld.errors import CheckpointError
+from loraweld.errors import CheckpointError, listing
 
 Settings = Mapping[str, Any]
 SETTINGS_KEYS = ("quantization_config", "compression_config")
@@ -28,7 +29,7 @@ _OF_CODES = re.compile(
     r".*(\.(qweight|qzeros|scales|g_idx|SCB|CB|absmax|quant_map|nested_absmax|nested_quant_map|weight_format"
     r"|quant_state\..*|weight_scale|weight_scale_inv|weight_scale_2|weight_packed|weight_shape|weight_zero_point"
     r"|weight_g_idx|weight_global_scale|codes|codebooks|W_q|scale_and_zero|qscale|tensor_qdata|tensor_scale"
-    r"|SVh|Qidxs|indices|centroids)|_blocks|_scales)"
+    r"|SVh|Qidxs|indices|centroids|pre_quant_scale|compressed|bitmask|row_offsets)|_blocks|_scales)"
 )
 _CODE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
@@ -52,16 +53,19 @@ def recognise(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> 
     by_codes: dict[str, EncodedTensor] = {}
     taken: set[str] = set()
     for weight in _find(stored, settings, _decoded_dtype(config)):
+        parts = {part.name for _, part in weight.parts}
+        _check_once(weight, parts & taken, stored)
         by_codes[weight.codes.name] = weight
-        taken.update(part.name for _, part in weight.parts)
-    aside = [name for name in stored if name not in taken and (settings or by_codes) and _OF_RUNTIME.fullmatch(name)]
+        taken |= parts
+    quantised = bool(settings or by_codes)
+    aside = [name for name in stored if name not in taken and quantised and _OF_RUNTIME.fullmatch(name)]
     tensors: dict[str, Source] = {}
     for name, tensor in stored.items():
         if name in by_codes:
             tensors[by_codes[name].name] = by_codes[name]
         elif name not in taken and name not in aside:
             tensors[name] = tensor
-    _check_plain((tensors[name] for name in tensors if name in stored and name not in by_codes), settings)
+    _check_plain((tensor for tensor in tensors.values() if isinstance(tensor, StoredTensor)), settings, quantised)
     return Weights(tensors, tuple(aside))
 
 
@@ -102,36 +106,39 @@ def _implied_method(settings: Settings) -> str:
 
 
 def _bitsandbytes(stored: Mapping[str, StoredTensor], settings: Settings, dtype: str) -> Iterator[EncodedTensor]:
-    yield from bnb4.find(stored)
-    yield from scaled.find(_not_of(stored, bnb4.find(stored)), block=None, dtype=dtype)
+    four_bit = list(bnb4.find(stored))
+    yield from four_bit
+    yield from scaled.find(_not_of(stored, four_bit), codes=(*scaled.FP8, "I8"), blocks=(), dtype=dtype)
 
 
 def _fp8(stored: Mapping[str, StoredTensor], settings: Settings, dtype: str) -> Iterator[EncodedTensor]:
-    yield from scaled.find(stored, block=_block(settings.get("weight_block_size")), dtype=dtype)
+    block = settings.get("weight_block_size")
+    blocks = [parse_block(block)] if block is not None else []
+    # int8 is not read here: transformers takes it for pairs of FP4 codes.
+    yield from scaled.find(stored, codes=scaled.FP8, blocks=blocks, dtype=dtype)
 
 
 def _compressed_tensors(stored: Mapping[str, StoredTensor], settings: Settings, dtype: str) -> Iterator[EncodedTensor]:
-    schemes = [group.get("weights") or {} for group in _groups(settings)]
-    if any(str(scheme.get("actorder")) == "group" for scheme in schemes) and not any(
-        name.endswith("weight_g_idx") for name in stored
-    ):
-        raise CheckpointError("the config says actorder 'group', but no weight_g_idx is stored")
-    bits = list(
-        dict.fromkeys(b for b in (scheme.get("num_bits") for scheme in schemes) if type(b) is int and 0 < b <= 8)
-    )
-    blocks = [scheme.get("block_structure") for scheme in schemes if scheme.get("block_structure")]
+    schemes = parse_schemes(settings)
     nvfp4 = list(microscaled.find_nvfp4(stored, dtype=dtype))
     yield from nvfp4
+    integers = [scheme for scheme in schemes if not scheme.is_float]
     rest = _not_of(stored, nvfp4)
-    packed = list(grouped.find_packed(rest, bits=bits or [4, 8]))
+    packed = list(grouped.find_packed(rest, schemes=integers))
     yield from packed
-    yield from scaled.find(_not_of(rest, packed), block=_block(blocks[0] if blocks else None), dtype=dtype)
+    yield from scaled.find(
+        _not_of(rest, packed),
+        codes=(*scaled.FP8, "I8"),
+        blocks=list(dict.fromkeys(size for scheme in schemes for size in scheme.blocks)),
+        dtype=dtype,
+        symmetric=any(scheme.symmetric for scheme in integers) or not integers,
+    )
 
 
 def _modelopt(stored: Mapping[str, StoredTensor], settings: Settings, dtype: str) -> Iterator[EncodedTensor]:
     nvfp4 = list(microscaled.find_nvfp4(stored, dtype=dtype))
     yield from nvfp4
-    yield from scaled.find(_not_of(stored, nvfp4), block=None, dtype=dtype)
+    yield from scaled.find(_not_of(stored, nvfp4), codes=scaled.FP8, blocks=(), dtype=dtype)
 
 
 def _mxfp4(stored: Mapping[str, StoredTensor], settings: Settings, dtype: str) -> Iterator[EncodedTensor]:
@@ -139,21 +146,39 @@ def _mxfp4(stored: Mapping[str, StoredTensor], settings: Settings, dtype: str) -
 
 
 def _gptq(stored: Mapping[str, StoredTensor], settings: Settings, dtype: str) -> Iterator[EncodedTensor]:
-    bits, form = settings.get("bits"), str(settings.get("checkpoint_format") or "gptq").lower()
-    if bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
+    bits = settings.get("bits")
+    forms = {str(settings[key]).lower() for key in ("checkpoint_format", "format") if settings.get(key)} or {"gptq"}
+    if settings.get("is_marlin_format"):
+        forms = {"marlin"}
+    if type(bits) is not int or bits not in (2, 3, 4, 8) or len(forms) > 1 or not forms <= {"gptq", "gptq_v2"}:
         raise CheckpointError(
-            f"the base is GPTQ of {bits} bits in the format {form!r}; loraweld reads 2, 3, 4 and 8 bits in the "
-            "formats gptq and gptq_v2"
+            f"the base is GPTQ of {str(bits)[:80]} bits in the format {' and '.join(sorted(forms))}; loraweld reads "
+            "2, 3, 4 and 8 bits in the formats gptq and gptq_v2"
         )
-    offset = 1 if form == "gptq" else 0
-    yield from grouped.find_gptq(stored, bits=bits, group=_group_size(settings), zero_offset=offset)
+    first = forms == {"gptq"}
+    yield from grouped.find_gptq(
+        stored,
+        bits=bits,
+        group=_group_size(settings),
+        zero_offset=1 if first else 0,
+        carries=first and bits != 3 and _is_of_gptqmodel(settings),
+    )
+
+
+def _is_of_gptqmodel(settings: Settings) -> bool:
+    """GPTQModel made the old format by subtracting from whole words (not at 3 bits), AutoGPTQ from each zero."""
+    meta = settings.get("meta")
+    return isinstance(meta, dict) and "gptqmodel" in str(meta.get("quantizer")).lower()
 
 
 def _awq(stored: Mapping[str, StoredTensor], settings: Settings, dtype: str) -> Iterator[EncodedTensor]:
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
+    version = "llm-awq" if settings.get("backend") == "llm-awq" else version
     bits = settings.get("bits", settings.get("w_bit", 4))
     if version != "gemm" or bits != 4:
-        raise CheckpointError(f"the base is AWQ of {bits} bits in the layout {version!r}; loraweld reads 4 bits, gemm")
+        raise CheckpointError(
+            f"the base is AWQ of {str(bits)[:80]} bits in the layout {version!r}; loraweld reads 4 bits, gemm"
+        )
     yield from grouped.find_awq(stored, group=_group_size(settings))
 
 
@@ -179,32 +204,30 @@ def _not_of(stored: Mapping[str, StoredTensor], weights: Iterable[EncodedTensor]
     return {name: tensor for name, tensor in stored.items() if name not in taken}
 
 
-def _block(value: object) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and 0 < v < 2**31 for v in value):
-        return value[0], value[1]
-    raise CheckpointError(f"the block size in quantization_config is {str(value)[:80]}, expected two positive integers")
-
-
-def _groups(settings: Settings) -> list[Settings]:
-    groups = settings.get("config_groups") or {}
-    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-
-
 def _group_size(settings: Settings) -> int:
     size = settings.get("group_size", settings.get("q_group_size"))
-    if type(size) is int and (size == -1 or 0 < size < 2**31):
+    if type(size) is int and (size == -1 or 0 < size < MAX_SIZE):
         return size
     raise CheckpointError(f"group_size in quantization_config is {str(size)[:80]}, expected -1 or a positive integer")
 
 
-def _check_plain(tensors: Iterable[Source], settings: Settings) -> None:
+def _check_once(weight: EncodedTensor, shared: set[str], stored: Mapping[str, StoredTensor]) -> None:
+    if weight.name in stored and weight.name != weight.codes.name:
+        shared = shared | {weight.name}
+    if shared:
+        raise CheckpointError(
+            f"weight {weight.name!r} is stored twice: {weight.codes.name!r} is not all of it, there is also\n"
+            + listing(repr(name) for name in shared)
+        )
+
+
+def _check_plain(tensors: Iterable[StoredTensor], settings: Settings, quantised: bool) -> None:
     for tensor in tensors:
-        codes = tensor.dtype in _CODE_DTYPES
-        if codes or (_OF_CODES.fullmatch(tensor.name) and (settings or not is_plain_float(tensor.dtype))):
+        plain = is_plain_float(tensor.dtype)
+        codes = tensor.dtype in _CODE_DTYPES or (tensor.name.endswith(".weight") and not plain)
+        if codes or (_OF_CODES.fullmatch(tensor.name) and (quantised or not plain)):
             method = settings.get("quant_method")
             raise CheckpointError(
                 f"tensor {tensor.name!r} ({tensor.dtype}) is part of a quantised weight that loraweld does not know"
-                + (f" as {method}" if method else "; the config has no quantization_config to say how")
+                + (f" as {str(method)[:80]}" if method else "; the config has no quantization_config to say how")
             )

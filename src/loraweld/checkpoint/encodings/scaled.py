@@ -1,28 +1,32 @@
 """Codes of 8 bit, each times the scale of its block: FP8 in blocks, rows or as a whole, and int8 with a scale a row.
 
 Sources: DeepSeek-V3's `weight_dequant` (`weight_scale_inv`, blocks of 128 x 128); compressed-tensors
-`float-quantized` and `int-quantized`; fbgemm_fp8 of transformers 5.23; ModelOpt FP8; LLM.int8 (`SCB`) of
+0.20 `float-quantized` and `int-quantized`; fbgemm_fp8 of transformers 5.23; ModelOpt FP8; LLM.int8 (`SCB`) of
 bitsandbytes 0.50.2.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, PartLayout, encoded
-from loraweld.checkpoint.stored import StoredTensor
+from loraweld.checkpoint.stored import StoredTensor, read_bytes
 from loraweld.errors import CheckpointError
 
 FP8 = ("F8_E4M3", "F8_E5M2")
-_FLOATS = ("F32", "BF16", "F16")
+_FLOATS = ("F32", "BF16", "F16", "F8_E8M0")
 # Where the scales lie beside "….weight".
 _SCALES = ("weight_scale_inv", "weight_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaled:
-    """Value = code · scale of its block of `block` (rows, columns) · `factor`; a scale stored as `scale_shape`."""
+    """Value = (code - zero) · scale of its block of `block` (rows, columns) · `factor`; scales stored as `scale_shape`.
+
+    Only integers may have zeros, and `symmetric` ones need none.
+    """
 
     kind: str
     code_dtypes: tuple[str, ...]
@@ -31,33 +35,58 @@ class Scaled:
     scale_dtypes: tuple[str, ...]
     scale_shape: tuple[int, ...]
     factor: float = 1.0
+    symmetric: bool = True
 
     def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
         stem = name.removesuffix("weight")
+        zero = PartLayout(
+            name=f"{stem}weight_zero_point", dtypes=("I8",), shape=self.scale_shape, required=not self.symmetric
+        )
         return {
             CODES: PartLayout(name=name, dtypes=self.code_dtypes, shape=shape),
             "scale": PartLayout(name=stem + self.scale_name, dtypes=self.scale_dtypes, shape=self.scale_shape),
+            **({"zero": zero} if self.kind == "int8" else {}),
             "format": PartLayout(name=f"{stem}weight_format", dtypes=("U8",), shape=(), required=False),
         }
 
 
-def find(tensors: Mapping[str, StoredTensor], *, block: Sequence[int] | None, dtype: str) -> Iterator[EncodedTensor]:
-    """Yield the weights of 8-bit codes with scales among `tensors`.
+def find(
+    tensors: Mapping[str, StoredTensor],
+    *,
+    codes: Sequence[str],
+    blocks: Sequence[tuple[int, int]],
+    dtype: str,
+    symmetric: bool = True,
+) -> Iterator[EncodedTensor]:
+    """Yield the weights with scales among `tensors` whose codes are of the dtypes `codes`.
 
-    `block` is the block size that the config names, `dtype` the code of the decoded values.
+    `blocks` are the block sizes that the config names, `dtype` the code of the decoded values.
 
     Raises:
         CheckpointError: codes without a scale, or one that does not fit.
     """
-    for name, codes in tensors.items():
-        if not name.endswith("weight") or codes.dtype not in (*FP8, "I8"):
+    for name, tensor in tensors.items():
+        if not name.endswith("weight") or tensor.dtype not in codes:
             continue
         stem = name.removesuffix("weight")
+        if len(tensor.shape) != 2:
+            raise CheckpointError(
+                f"tensor {name!r} holds {tensor.dtype} codes of shape {tensor.shape}, expected a matrix",
+                path=tensor.path,
+            )
         if stem + "SCB" in tensors:
-            encoding = _int8(codes)
+            encoding = _int8(tensor)
         else:
-            encoding = _by_scale(codes, _scale(stem, codes, tensors), block)
-        yield encoded(name, dtype, codes.shape, encoding, tensors)
+            encoding = _by_scale(tensor, _scale(stem, tensor, tensors), blocks, symmetric)
+        weight = encoded(name, dtype, tensor.shape, encoding, tensors)
+        _check_format(weight.part("format"))
+        yield weight
+
+
+def _check_format(stored: StoredTensor | None) -> None:
+    """Old bitsandbytes also stored codes in the order of its kernels; 0 means row by row."""
+    if stored is not None and read_bytes(stored) != b"\0":
+        raise CheckpointError(f"tensor {stored.name!r} says that the codes do not lie row by row", path=stored.path)
 
 
 def _int8(codes: StoredTensor) -> Scaled:
@@ -77,35 +106,36 @@ def _scale(stem: str, codes: StoredTensor, tensors: Mapping[str, StoredTensor]) 
         if stem + suffix in tensors:
             return tensors[stem + suffix]
     raise CheckpointError(
-        f"tensor {codes.name!r} holds {codes.dtype} codes, but no scale ({', '.join(_SCALES)}) lies beside it",
+        f"tensor {codes.name!r} holds {codes.dtype} codes, but no scale ({', '.join(_SCALES)}"
+        f"{', SCB' if codes.dtype == 'I8' else ''}) lies beside it",
         path=codes.path,
     )
 
 
-def _by_scale(codes: StoredTensor, scale: StoredTensor, block: Sequence[int] | None) -> Scaled:
-    rows, cols = (*codes.shape, 1)[:2] if len(codes.shape) == 2 else (codes.rows, codes.cols)
-    if scale.rows * scale.cols == 1:
-        size = (max(1, rows), max(1, cols))
-    elif scale.shape in ((rows,), (rows, 1)):
-        size = (1, max(1, cols))
-    elif block is not None and len(codes.shape) == 2:
-        size = (int(block[0]), int(block[1]))
-        if scale.shape != (-(-rows // size[0]), -(-cols // size[1])):
-            raise CheckpointError(
-                f"tensor {scale.name!r} is {scale.shape}, expected one scale for each block of {size} of {codes.shape}",
-                path=scale.path,
-            )
-    else:
-        raise CheckpointError(
-            f"tensor {scale.name!r} is {scale.shape}: neither one scale, nor one a row of {codes.shape}, and the "
-            "config names no block size",
-            path=scale.path,
-        )
+def _by_scale(codes: StoredTensor, scale: StoredTensor, blocks: Sequence[tuple[int, int]], symmetric: bool) -> Scaled:
     return Scaled(
         kind="FP8" if codes.dtype in FP8 else "int8",
         code_dtypes=(codes.dtype,),
-        block=size,
+        block=_block(codes, scale, blocks),
         scale_name=scale.name.rpartition(".")[2],
         scale_dtypes=_FLOATS,
         scale_shape=scale.shape,
+        symmetric=symmetric,
+    )
+
+
+def _block(codes: StoredTensor, scale: StoredTensor, blocks: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the rows and columns that share a scale: all, a row, or the one block that gives as many scales."""
+    rows, cols = codes.shape
+    if math.prod(scale.shape) == 1:
+        return max(1, rows), max(1, cols)
+    if scale.shape in ((rows,), (rows, 1)):
+        return 1, max(1, cols)
+    fitting = [size for size in blocks if scale.shape == (-(-rows // size[0]), -(-cols // size[1]))]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise CheckpointError(
+        f"tensor {scale.name!r} is {scale.shape}: neither one scale, nor one a row of {codes.shape}, nor one for each "
+        f"block of a size that quantization_config names ({', '.join(map(str, blocks)) or 'none'})",
+        path=scale.path,
     )

@@ -10,6 +10,7 @@ import torch
 from loraweld.checkpoint.encodings.encoded import EncodedTensor
 from loraweld.checkpoint.encodings.grouped import Awq, Gptq, Packed
 from loraweld.checkpoint.reader import Reader
+from loraweld.checkpoint.stored import StoredTensor
 from loraweld.compute.codecs.plain import PlainRows
 from loraweld.compute.tensors import read_block, read_flat, read_vector, torch_dtype
 from loraweld.errors import CheckpointError
@@ -19,22 +20,16 @@ _AWQ_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Return the first `count` codes of the bit streams along the last axis of int32 `words`, lowest bits first.
-
-    A code may cross the border of two words only where whole groups of `bits` words hold 32 codes (3 bit in GPTQ).
-    """
+    """Return the first `count` codes of the bit streams along the last axis of int32 `words`, lowest bits first."""
     if _WORD_BITS % bits == 0:
         shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
         return (words.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1).flatten(-2)[..., :count]
-    stream = words.long().bitwise_and_(0xFFFFFFFF).view(*words.shape[:-1], -1, bits)
-    codes = []
-    for place in range(0, _WORD_BITS * bits, bits):
-        word, shift = divmod(place, _WORD_BITS)
-        code = stream[..., word] >> shift
-        if shift + bits > _WORD_BITS:
-            code = code | (stream[..., word + 1] << (_WORD_BITS - shift))
-        codes.append(code.bitwise_and_((1 << bits) - 1))
-    return torch.stack(codes, dim=-1).flatten(-2)[..., :count].int()
+    # A code may cross the border of two words: look at both. The last has no next one.
+    stream = torch.nn.functional.pad(words.long().bitwise_and_(0xFFFFFFFF), (0, 1))
+    first = torch.arange(count) * bits
+    word, shift = first // _WORD_BITS, first % _WORD_BITS
+    codes = (stream[..., word] >> shift) | (stream[..., word + 1] << (_WORD_BITS - shift))
+    return codes.bitwise_and_((1 << bits) - 1).int()
 
 
 def _group_of(source: EncodedTensor, reader: Reader, inputs: int, group: int, num_groups: int) -> torch.Tensor:
@@ -60,14 +55,18 @@ class PackedDecoder:
         self.reader = reader
         self.dtype = torch_dtype(source.dtype)
         rows, cols = source.shape
-        scale = source.need("scale")
-        self.scale_OG = read_vector(reader, scale).view(scale.shape)
-        self.zero_OG: torch.Tensor | None = None
+        groups = cols // encoding.group
+        # One scale for the whole weight is seen as one for each row.
+        self.scale_OG = read_vector(reader, source.need("scale")).view(-1, groups).expand(rows, groups)
         zero = source.part("zero")
-        if zero is not None:
-            words = read_flat(reader, zero).view(zero.shape)
-            self.zero_OG = unpack(words.T.contiguous(), encoding.bits, rows).T.float()
-        self.group_of = _group_of(source, reader, cols, encoding.group, scale.cols)
+        self.zero_OG = None if zero is None else self._zeros(zero, groups).expand(rows, groups)
+        self.group_of = _group_of(source, reader, cols, encoding.group, groups)
+
+    def _zeros(self, zero: StoredTensor, groups: int) -> torch.Tensor:
+        stored = read_flat(self.reader, zero).view(-1, groups)
+        if not self.encoding.zero_packed:
+            return stored.float() + (1 << (self.encoding.bits - 1))
+        return unpack(stored.T.contiguous(), self.encoding.bits, self.source.rows).T.float()
 
     def rows(self, start: int, stop: int) -> PackedRows:
         return PackedRows(self)
@@ -99,8 +98,11 @@ class GptqDecoder:
         self.bits = encoding.bits
         self.group_of = _group_of(source, reader, inputs, encoding.group, scale.rows)
         self.scale_GO = read_vector(reader, scale).view(scale.shape)
-        zeros = unpack(read_flat(reader, zero).view(zero.shape), encoding.bits, outputs)
-        self.zero_GO = zeros.add_(encoding.zero_offset).bitwise_and_((1 << encoding.bits) - 1).float()
+        words = read_flat(reader, zero).view(zero.shape)
+        if encoding.carries:
+            words = words + encoding.zero_offset * sum(1 << place for place in range(0, _WORD_BITS, encoding.bits))
+        zeros = unpack(words, encoding.bits, outputs).add_(0 if encoding.carries else encoding.zero_offset)
+        self.zero_GO = zeros.bitwise_and_((1 << encoding.bits) - 1).float()
 
     def rows(self, start: int, stop: int) -> TransposedRows:
         codes = self.source.codes
