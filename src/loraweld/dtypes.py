@@ -52,6 +52,7 @@ DTYPES: dict[str, DType] = {
 }
 
 FLOAT_CODE_BY_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+NAME_BY_FLOAT_CODE = {code: name for name, code in FLOAT_CODE_BY_NAME.items()}
 
 
 def is_plain_float(code: str) -> bool:

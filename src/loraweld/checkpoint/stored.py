@@ -37,6 +37,11 @@ class StoredTensor:
     def num_bytes(self) -> int:
         return num_bytes(self.dtype, math.prod(self.shape))
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.num_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsFile:

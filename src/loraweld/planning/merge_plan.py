@@ -51,10 +51,11 @@ class Part:
 class Recipe:
     """How one output weight is made: the values of `source`, `edits` in order, rounded to `dtype`.
 
-    With an `encoding` the rounded values are stored in it, as `encoded_parts`; without, as they are.
+    With an `encoding` the values are stored in it, as `encoded_parts`, and `dtype` is what they decode to; without,
+    as they are. `searches`: the encoder looks for the block scales of least squared error.
 
-    `kind` is "copy" (the source's bytes), "convert" (another dtype), "decode" (of a quantised weight), "edit",
-    "replace" (the source is the adapter's tensor) or "new" (the base does not store it).
+    `kind` is "copy" (the source's bytes), "convert" (another dtype), "decode" (of a quantised weight), "encode"
+    (in another form), "edit", "replace" (the source is the adapter's tensor) or "new" (the base does not store it).
     """
 
     name: str
@@ -65,6 +66,7 @@ class Recipe:
     kind: str
     encoding: Encoding | None = None
     encoded_parts: tuple[Part, ...] = ()
+    searches: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -91,10 +93,9 @@ class Recipe:
         return self.kind == "copy"
 
     @property
-    def kept(self) -> StoredTensor:
-        """The tensor whose bytes are kept."""
-        assert self.keeps_bytes and isinstance(self.source, StoredTensor)
-        return self.source
+    def is_encoded(self) -> bool:
+        """True if values are put into an encoding: one weight, codes and scales, is then one piece of work."""
+        return self.encoding is not None and not self.keeps_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +110,13 @@ class PlacedPart:
     def end(self) -> int:
         return self.offset + self.part.num_bytes
 
+    @property
+    def kept(self) -> StoredTensor:
+        """The tensor whose bytes are kept."""
+        assert self.recipe.keeps_bytes
+        source = self.recipe.source
+        return source.need(self.part.role) if isinstance(source, EncodedTensor) else source
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
@@ -118,6 +126,11 @@ class WeightFile:
     header: bytes
     placed: tuple[PlacedPart, ...]
     same_as: Path | None
+
+    @property
+    def has_encoded(self) -> bool:
+        """True if a weight of the file is encoded anew: its pieces do not begin on block borders."""
+        return any(placed.recipe.is_encoded for placed in self.placed)
 
     @property
     def num_bytes(self) -> int:
@@ -189,7 +202,7 @@ class MergePlan:
             for edit in recipe.edits
             for ref in edit.refs
         }
-        return sum(recipe.source.num_bytes for recipe in self.recipes) + sum(refs.values())
+        return sum(recipe.source.stored_bytes for recipe in self.recipes) + sum(refs.values())
 
     @cached_property
     def recipes_by_kind(self) -> Mapping[str, int]:
@@ -209,7 +222,7 @@ class MergePlan:
             digest.update(f"{file.name}\0".encode() + file.header)
             for placed in file.placed:
                 recipe = placed.recipe
-                digest.update(repr((_key(recipe.source), recipe.edits_key, recipe.encoding)).encode())
+                digest.update(repr((_key(recipe.source), recipe.edits_key, recipe.encoding, recipe.searches)).encode())
         for small in self.small:
             digest.update(repr((small.name, small.text)).encode())
         return digest.hexdigest()

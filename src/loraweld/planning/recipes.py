@@ -12,16 +12,17 @@ from loraweld.errors import CheckpointError
 from loraweld.naming.tied import Tie
 from loraweld.planning.changes import Change
 from loraweld.planning.merge_plan import Recipe
+from loraweld.request import MergeRequest
 
 # Heads of language models: a model that gets the head of another task has no place for them.
 _TEXT_HEADS = ("lm_head.", "embed_out.", "cls.", "proj_out.")
 
 
-def output_dtype(base: Base, requested: str) -> str:
+def output_dtype(base: Base, request: MergeRequest) -> str:
     """Return the code in which the base's main weights are written: its own 16-bit type, else bfloat16."""
-    if requested != "auto":
-        return FLOAT_CODE_BY_NAME[requested]
-    return base.main_dtype if base.main_dtype in ("BF16", "F16") else "BF16"
+    if request.dtype != "auto":
+        return FLOAT_CODE_BY_NAME[request.dtype]
+    return base.main_dtype if base.main_dtype in ("BF16", "F16") or request.save_method == "preserve" else "BF16"
 
 
 def make_recipes(

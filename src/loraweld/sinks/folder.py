@@ -35,17 +35,17 @@ class FolderSink:
         self._model = staging / "model"
         self._descriptors: dict[str, int] = {}
 
-    def create(self, name: str, size: int) -> None:
+    def create(self, name: str, size: int, *, aligned: bool) -> None:
         """Open output file `name` with `size` bytes reserved; what an earlier run wrote stays.
 
         Raises:
             OSError: among others ENOSPC.
         """
         path = self._model / name
-        self._descriptors[name] = system.open_for_writing(path, size)
+        self._descriptors[name] = system.open_for_writing(path, size, direct=aligned)
 
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None:
-        """Write the first `count` bytes of an aligned buffer at a block-aligned offset."""
+        """Write the first `count` bytes of an aligned buffer; at a block-aligned offset if the file is `aligned`."""
         system.write_at(self._descriptors[name], buffer, offset, count)
 
     def copy(self, name: str, source: Path) -> None:
@@ -136,7 +136,7 @@ def open_folder_sink(target: Path, *, identity: str, resume: bool, overwrite: bo
             shutil.rmtree(model, ignore_errors=True)
             model.mkdir()
             journal = Journal.begin(path, identity, model)
-        journal.done = frozenset(key for key in journal.done if _is_there(model, key))
+        journal.done = {key: values for key, values in journal.done.items() if _is_there(model, key)}
         sink = FolderSink(target, staging, journal, overwrite=overwrite)
         try:
             yield sink

@@ -35,8 +35,15 @@ class Encoding(Protocol):
     def kind(self) -> str:
         """The encoding's name in messages and reports."""
 
+    @property
+    def streams(self) -> bool:
+        """Whether the codes of one row after the other lie one after the other."""
+
     def layout(self, name: str, shape: tuple[int, ...]) -> Mapping[str, PartLayout]:
         """Return the parts by role of a weight `name` with decoded `shape`; the codes come first."""
+
+    def unit_rows(self, shape: tuple[int, ...]) -> int:
+        """Return the number of rows whose codes share a byte or a scale: they are encoded together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +70,11 @@ class EncodedTensor:
     def num_bytes(self) -> int:
         """Bytes of the decoded values."""
         return num_bytes(self.dtype, math.prod(self.shape))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the files, of codes and scales."""
+        return sum(part.num_bytes for _, part in self.parts)
 
     @property
     def codes(self) -> StoredTensor:
