@@ -13,7 +13,7 @@ from loraweld.planning.build import build_plan
 from loraweld.planning.facts import Facts, gather_facts
 from loraweld.planning.lora_output import plan_lora
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan
-from loraweld.planning.notes import no_change_notes
+from loraweld.planning.notes import base_difference_notes, no_change_notes
 from loraweld.record import record_text
 from loraweld.report import MergeReport, RunFacts, WeightFidelity, human_bytes, lost_change_notes
 from loraweld.request import AS_GIVEN, MergeRequest, PathLike, make_request
@@ -185,6 +185,7 @@ def _run(made: MergePlan, sink: Any, record: str | None, progress: Progress) -> 
         for name, found in result.fidelity.items()
     )
     notes = no_change_notes(made) if result.saw_no_change else []
+    notes += base_difference_notes(result.base_difference)
     return RunFacts(resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=fidelity)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,12 +46,33 @@ def locate_base(name: str, *, revision: str | None = None) -> Located:
     return _snapshot(name, revision)
 
 
+def locate_config(name: str, *, revision: str | None = None) -> Path:
+    """Return a folder with the config.json of `name`: itself if it is one, else the Hub's, without the weights.
+
+    Raises:
+        CheckpointError: neither a folder nor a model the Hub (or, offline, the cache) has.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    with _explained(name, revision):
+        return Path(_config(name, revision)).parent
+
+
 def _snapshot(repo_id: str, revision: str | None) -> Located:
+    with _explained(repo_id, revision):
+        folder = Path(_cached_or_downloaded(repo_id, revision))
+    return Located(folder=folder, label=repo_id, commit=folder.name)
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises into one message for the user."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        folder = Path(_cached_or_downloaded(repo_id, revision))
+        yield
     except HFValidationError:
         raise CheckpointError(
             f"base {repo_id!r} is neither a folder nor a valid Hub id; give its folder with --base"
@@ -62,7 +85,12 @@ def _snapshot(repo_id: str, revision: str | None) -> Located:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"base {repo_id!r}{at} cannot be downloaded: {reason}") from None
-    return Located(folder=folder, label=repo_id, commit=folder.name)
+
+
+def _config(repo_id: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return str(hf_hub_download(repo_id, "config.json", revision=revision))
 
 
 def _cached_or_downloaded(repo_id: str, revision: str | None) -> str:

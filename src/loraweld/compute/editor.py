@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import torch
 
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.decoder import Decoder, Rows, open_decoder
+from loraweld.compute.codecs.requantised import Difference, RequantisedDecoder
 from loraweld.compute.kernels import Ints, Kernel, Span, make_kernel
 from loraweld.compute.rounding import NONE, Rounder, round_exact
 from loraweld.compute.tensors import as_tensor, item_size, torch_dtype
@@ -23,10 +24,14 @@ from loraweld.planning.merge_plan import Recipe
 
 @dataclass(slots=True)
 class Outcome:
-    """What a whole run came to: whether any delta was there, and whether any output differs from its base."""
+    """What a whole run came to: whether any delta was there, whether any output differs from its base.
+
+    `differences`: how far the weights that were taken to their 4-bit form are from the given ones.
+    """
 
     had_delta: bool = False
     any_change: bool = False
+    differences: list[Difference] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,10 @@ class TensorEditor:
             if self._parts is None:
                 source = self.recipe.source
                 kernels = [make_kernel(edit, source, self._reader) for edit in self.recipe.edits]
-                self._parts = open_decoder(source, self._reader), kernels
+                decoder = open_decoder(source, self._reader)
+                if isinstance(decoder, RequantisedDecoder):
+                    self.outcome.differences.append(decoder.difference)
+                self._parts = decoder, kernels
             return self._parts
 
 

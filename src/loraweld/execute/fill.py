@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,12 @@ class Filler:
         for piece in placed:
             if not piece.recipe.keeps_bytes and piece.recipe.num_bytes:
                 _PieceWriter(self._editor(piece.recipe), piece.offset, item, buffer, scratch).write()
+
+    def base_difference(self) -> float | None:
+        """Return ‖dequant(quant(W)) - W‖ / ‖W‖ over all weights that were taken to their 4-bit form, None without."""
+        found = self._outcome.differences
+        weight = sum(one.squared_weight for one in found)
+        return math.sqrt(sum(one.squared_error for one in found) / weight) if weight else None
 
     def check_any_change(self) -> bool:
         """Return whether any edited tensor differs from its base; refuse if nothing is left of what was trained.

@@ -65,13 +65,14 @@ class RunResult:
     """Bytes of weights that this run made, and those it found finished by an earlier one.
 
     `saw_no_change`: this run made everything, and no edit changed its tensor. `fidelity`: by the names of the weights
-    that were edited and encoded.
+    that were edited and encoded. `base_difference`: of the 4-bit form folded onto, relative to the given weights.
     """
 
     made_bytes: int
     resumed_bytes: int
     saw_no_change: bool
     fidelity: dict[str, Fidelity]
+    base_difference: float | None
 
 
 def run_plan(plan: MergePlan, sink: Sink, *, record: str | None, progress: Progress) -> RunResult:
@@ -137,6 +138,7 @@ class _Run:
                 for item in work_items(self._plan)
                 if item.encoded is not None and (values := self._measured.get(item.key))
             },
+            base_difference=self._filler.base_difference(),
         )
 
     def _work(self, items: list[Item]) -> None:

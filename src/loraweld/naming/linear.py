@@ -7,7 +7,7 @@ and is named: a layer left plain costs memory, a layer taken wrongly for a linea
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from loraweld.naming.families import is_conv1d
 from loraweld.naming.roles import has_row_per_token, is_task_head
@@ -33,6 +33,12 @@ def is_linear(name: str, shape: tuple[int, ...], model_type: str, stored: Contai
         and not is_conv1d(model_type, module)
         and f"{module.rpartition('.')[0]}.in_proj_weight" not in stored  # nn.MultiheadAttention
     )
+
+
+def is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a weight's module is named as transformers reads a config: by the end of its path or the start."""
+    module = name.removesuffix(".weight")
+    return any(module.endswith(pattern) or f"{module}.".startswith(f"{pattern}.") for pattern in patterns)
 
 
 def is_expert(name: str) -> bool:

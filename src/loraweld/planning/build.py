@@ -67,6 +67,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         small=(*config, *index_file(base, weights), *companions),
         modules=tuple(_line(claim) for claim in claims),
         notes=(
+            *facts.notes,
             *tie_notes(resolved.untied),
             *grown,
             *left_out_notes(base, left_out),

@@ -13,7 +13,7 @@ from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding
 from loraweld.checkpoint.encodings.scaled import fp8_rows, llm_int8
 from loraweld.dtypes import NAME_BY_FLOAT_CODE
 from loraweld.errors import RequestError, listing
-from loraweld.naming.linear import is_expert, is_linear
+from loraweld.naming.linear import is_expert, is_linear, is_named
 from loraweld.naming.tied import Tie
 from loraweld.planning.merge_plan import Part, Recipe
 from loraweld.request import MergeRequest
@@ -59,7 +59,7 @@ def _is_chosen(recipe: Recipe, request: MergeRequest, base: Base) -> bool:
         recipe.dtype in ("BF16", "F16", "F32")
         and is_linear(recipe.name, recipe.shape, base.model_type, base.tensors)
         and (request.save_method == "merged_fp8" or not is_expert(recipe.name))
-        and not any(_matches(pattern, _module(recipe.name)) for pattern in request.skip_modules)
+        and not is_named(recipe.name, request.skip_modules)
     )
 
 
@@ -139,7 +139,7 @@ def _skipped(request: MergeRequest, recipes: Sequence[Recipe], chosen: set[str],
     """
     plain = [r.name for r in recipes if r.name not in chosen and r.name.endswith(".weight") and len(r.shape) == 2]
     modules = [_module(name) for name in [*plain, *(tie.target for tie in ties)]]
-    missing = [pattern for pattern in request.skip_modules if not any(_matches(pattern, m) for m in modules)]
+    missing = [pattern for pattern in request.skip_modules if not any(is_named(m, [pattern]) for m in modules)]
     if missing:
         raise RequestError(f"skip_modules names what no module of the base ends or begins with:\n{listing(missing)}")
     encoded = [_module(name) for name in chosen]
@@ -162,11 +162,6 @@ def _has_number(module: str) -> bool:
 
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """As transformers reads the names in a config: the end of a path, or its beginning."""
-    return module.endswith(pattern) or f"{module}.".startswith(f"{pattern}.")
 
 
 def _bitsandbytes(request: MergeRequest, dtype: str, skipped: list[str], **settings: Any) -> dict[str, Any]:

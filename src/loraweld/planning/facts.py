@@ -10,7 +10,8 @@ from loraweld.checkpoint.base import Base, open_base
 from loraweld.checkpoint.hub import locate_base
 from loraweld.errors import RequestError, listing
 from loraweld.naming.tied import Tie, find_ties
-from loraweld.request import MergeRequest
+from loraweld.planning.trained_base import requantised_base
+from loraweld.request import QUANTIZED_FROM, MergeRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class Facts:
     base: Base
     adapters: tuple[Adapter, ...]
     ties: tuple[Tie, ...]
+    notes: tuple[str, ...] = ()
 
 
 def gather_facts(request: MergeRequest) -> Facts:
@@ -32,7 +34,11 @@ def gather_facts(request: MergeRequest) -> Facts:
     name, revision = (request.base, None) if request.base is not None else _named_base(adapters)
     located = locate_base(name, revision=revision)
     base = open_base(located.folder, label=located.label, commit=located.commit)
-    return Facts(base=base, adapters=adapters, ties=find_ties(base.tensors, base.config))
+    notes: tuple[str, ...] = ()
+    if request.merge_base == QUANTIZED_FROM:
+        base, note = requantised_base(request, base, adapters)
+        notes = (note,)
+    return Facts(base=base, adapters=adapters, ties=find_ties(base.tensors, base.config), notes=notes)
 
 
 def _named_base(adapters: Sequence[Adapter]) -> tuple[str, str | None]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loraweld.adapter.edits import Dora, Edit, LowRank, Residual
-from loraweld.checkpoint.encodings.encoded import EncodedTensor
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor
 from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
@@ -90,9 +90,11 @@ def _tile_bytes(recipe: Recipe) -> int:
     """Scratch of one step: float32 values, a second copy, and flags; more copies where codes are unpacked or made."""
     unit = recipe.encoding.unit_rows(recipe.shape) if recipe.encoding and recipe.is_encoded else 1
     elements = max(TILE_ELEMENTS, tile_height(recipe.source.cols, unit) * recipe.source.cols)
-    decoding = isinstance(recipe.source, EncodedTensor)
+    decoding = isinstance(recipe.source, EncodedTensor | RequantisedTensor)
     codes = min(ITEM_BYTES, recipe.source.codes.num_bytes) if isinstance(recipe.source, EncodedTensor) else 0
-    return (12 + 12 * decoding + 16 * recipe.is_encoded) * elements + codes + _held_bytes(recipe)
+    # A weight that is quantised on the way has its block scales in memory, twice in float32.
+    scales = 2 * 4 * math.prod(recipe.shape) // 32 if isinstance(recipe.source, RequantisedTensor) else 0
+    return (12 + 12 * decoding + 16 * recipe.is_encoded) * elements + codes + scales + _held_bytes(recipe)
 
 
 def _held_bytes(recipe: Recipe) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.adapter.edits import Edit, LowRank
-from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, Source
+from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, RequantisedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import num_bytes
 
@@ -20,6 +20,8 @@ RECORD_NAME = "loraweld.json"
 
 
 def _key(tensor: Source) -> tuple[object, ...]:
+    if isinstance(tensor, RequantisedTensor):
+        return repr(tensor.encoding), *_key(tensor.plain)
     if isinstance(tensor, EncodedTensor):
         return tensor.name, tensor.dtype, tensor.shape, repr(tensor.encoding), *(_key(part) for _, part in tensor.parts)
     return tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.path.name
@@ -54,8 +56,9 @@ class Recipe:
     With an `encoding` the values are stored in it, as `encoded_parts`, and `dtype` is what they decode to; without,
     as they are. `searches`: the encoder looks for the block scales of least squared error.
 
-    `kind` is "copy" (the source's bytes), "convert" (another dtype), "decode" (of a quantised weight), "encode"
-    (in another form), "edit", "replace" (the source is the adapter's tensor) or "new" (the base does not store it).
+    `kind` is "copy" (the source's bytes), "convert" (another dtype), "decode" (of a quantised weight), "requantise"
+    (a plain weight as a quantised model has it), "encode" (in another form), "edit", "replace" (the source is the
+    adapter's tensor) or "new" (the base does not store it).
     """
 
     name: str
@@ -115,6 +118,7 @@ class PlacedPart:
         """The tensor whose bytes are kept."""
         assert self.recipe.keeps_bytes
         source = self.recipe.source
+        assert not isinstance(source, RequantisedTensor)
         return source.need(self.part.role) if isinstance(source, EncodedTensor) else source
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import INDEX_NAME, Base
-from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.naming.tied import Tie
 from loraweld.planning.merge_plan import MergePlan, Recipe
@@ -61,6 +61,15 @@ def no_change_notes(plan: MergePlan) -> list[str]:
     ]
 
 
+def base_difference_notes(difference: float | None) -> list[str]:
+    """Say how far the base that was folded onto is from the one that was given."""
+    return (
+        []
+        if difference is None
+        else [f"the 4-bit form differs from the given weights by {difference:.2%} of their norm"]
+    )
+
+
 def encoding_notes(recipes: Sequence[Recipe]) -> list[str]:
     """Say which weights change the form in which they are stored."""
     kinds = Counter(
@@ -75,7 +84,13 @@ _PLAIN = ("plain", "plain")
 
 
 def _kind(source: Source) -> str:
-    return source.encoding.kind if isinstance(source, EncodedTensor) else "plain"
+    match source:
+        case EncodedTensor():
+            return source.encoding.kind
+        case RequantisedTensor():
+            return f"plain, as {source.encoding.kind} has it"
+        case _:
+            return "plain"
 
 
 def runtime_notes(base: Base, keeps_form: bool) -> list[str]:

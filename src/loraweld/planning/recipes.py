@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from loraweld.adapter.edits import GrowRows
 from loraweld.checkpoint.base import Base
-from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.dtypes import FLOAT_CODE_BY_NAME
 from loraweld.errors import CheckpointError
 from loraweld.naming.tied import Tie
@@ -50,9 +50,7 @@ def make_recipes(
 
 def _recipe(name: str, stored: Source, change: Change | None, dtype: str) -> Recipe:
     if change is None:
-        plain = "copy" if stored.dtype == dtype else "convert"
-        kind = "decode" if isinstance(stored, EncodedTensor) else plain
-        return Recipe(name=name, dtype=dtype, shape=stored.shape, source=stored, edits=(), kind=kind)
+        return Recipe(name=name, dtype=dtype, shape=stored.shape, source=stored, edits=(), kind=_kind(stored, dtype))
     source: Source = change.replacement or stored
     return Recipe(
         name=name,
@@ -62,6 +60,16 @@ def _recipe(name: str, stored: Source, change: Change | None, dtype: str) -> Rec
         edits=tuple(change.edits),
         kind="edit" if change.edits else "replace",
     )
+
+
+def _kind(stored: Source, dtype: str) -> str:
+    match stored:
+        case EncodedTensor():
+            return "decode"
+        case RequantisedTensor():
+            return "requantise"
+        case _:
+            return "copy" if stored.dtype == dtype else "convert"
 
 
 def _new_recipe(name: str, source: Source | None, change: Change, dtype: str) -> Recipe:

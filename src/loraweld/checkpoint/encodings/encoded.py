@@ -92,7 +92,43 @@ class EncodedTensor:
         return tensor
 
 
-Source = StoredTensor | EncodedTensor
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequantisedTensor:
+    """A plain weight as a model that holds it in an encoding computes with it: quantised and decoded again."""
+
+    plain: StoredTensor
+    encoding: Encoding
+
+    @property
+    def name(self) -> str:
+        return self.plain.name
+
+    @property
+    def dtype(self) -> str:
+        return self.plain.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.plain.shape
+
+    @property
+    def rows(self) -> int:
+        return self.plain.rows
+
+    @property
+    def cols(self) -> int:
+        return self.plain.cols
+
+    @property
+    def num_bytes(self) -> int:
+        return self.plain.num_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.plain.num_bytes
+
+
+Source = StoredTensor | EncodedTensor | RequantisedTensor
 
 
 def encoded(

@@ -75,9 +75,13 @@ class Bnb4Encoder:
         for first, blocks_BS in self._pieces(top, values_nC):
             self._absmax_B[first : first + len(blocks_BS)] = self._scales(first, blocks_BS)
 
-    def encode(self, top: int, values_nC: torch.Tensor) -> torch.Tensor:
+    def settle(self) -> None:
+        """Fix the scales, once all rows have been observed."""
         if self.observes and self._nested is None:
             self._nested = Nested(self._absmax_B)
+
+    def encode(self, top: int, values_nC: torch.Tensor) -> torch.Tensor:
+        self.settle()
         codes = []
         for first, blocks_BS in self._pieces(top, values_nC):
             last = first + len(blocks_BS)
