@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import INDEX_NAME, Base
-from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.naming.tied import Tie
 from loraweld.planning.merge_plan import MergePlan, Recipe
@@ -84,13 +84,7 @@ _PLAIN = ("plain", "plain")
 
 
 def _kind(source: Source) -> str:
-    match source:
-        case EncodedTensor():
-            return source.encoding.kind
-        case RequantisedTensor():
-            return f"plain, as {source.encoding.kind} has it"
-        case _:
-            return "plain"
+    return source.encoding.kind if isinstance(source, EncodedTensor) else "plain"
 
 
 def runtime_notes(base: Base, keeps_form: bool) -> list[str]:

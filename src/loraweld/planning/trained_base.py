@@ -124,7 +124,5 @@ def _note(encodings: Mapping[str, Bnb4], name: str, is_said: bool) -> str:
     one = next(iter(encodings.values()))
     double = "with" if one.nested_blocksize else "without"
     form = f"{one.quant_type}, blocks of {one.blocksize}, {double} double quantisation"
-    source = (
-        f"as {name} is" if is_said else f"assumed, since {name} is a 16-bit model and nothing says how it was loaded"
-    )
+    source = f"as {name} is" if is_said else f"assumed: {name} is a 16-bit model, nothing says how it was loaded"
     return f"folded onto the dequantised 4-bit form of {len(encodings)} weights ({form}; {source})"
