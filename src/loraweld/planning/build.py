@@ -73,8 +73,11 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
 
 
 def _weights(base: Base, recipes: Sequence[Recipe], max_shard_bytes: int | None) -> tuple[WeightFile, ...]:
-    """Files as the base has them, unless another size was asked for; decoded weights do not fit the old ones."""
-    if max_shard_bytes or base.is_quantised:
+    """Files as the base has them, unless another size was asked for or the old files are not the output's kind.
+
+    Decoded weights do not fit the files of the encoded ones, and a pickle has no header to keep.
+    """
+    if max_shard_bytes or base.is_quantised or base.is_pickled:
         return repack(base, recipes, max_shard_bytes or SHARD_BYTES)
     return keep_layout(base, recipes)
 
