@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraweld.checkpoint.base import INDEX_NAME, PICKLE_NAME, SINGLE_NAME
 from loraweld.errors import CheckpointError
 
-# What a base needs: weights in safetensors and the small files beside them.
+# What a base needs: weights in safetensors and the small files beside them; pickles only where there are no others.
 _PATTERNS = [
     "*.safetensors",
     "*.json",
@@ -19,6 +20,7 @@ _PATTERNS = [
     "*.md",
     "LICENSE*",
 ]
+_PICKLES = [PICKLE_NAME, "pytorch_model-*.bin"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +74,15 @@ def _cached_or_downloaded(repo_id: str, revision: str | None) -> str:
 
     try:
         found = snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS, local_files_only=True)
-        if any(Path(found).glob("*.safetensors")):
+        if _holds(Path(found), "*.safetensors", *_PICKLES):
             return str(found)
     except LocalEntryNotFoundError:
         pass
-    return str(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+    found = snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS)
+    if not _holds(Path(found), SINGLE_NAME, INDEX_NAME):
+        found = snapshot_download(repo_id, revision=revision, allow_patterns=_PICKLES)
+    return str(found)
+
+
+def _holds(folder: Path, *patterns: str) -> bool:
+    return any(path for pattern in patterns for path in folder.glob(pattern))
