@@ -23,7 +23,7 @@ from loraweld.planning.notes import adapter_notes, decoding_notes, left_out_note
 from loraweld.planning.paths import check_output
 from loraweld.planning.recipes import make_recipes, output_dtype
 from loraweld.planning.task import Task, find_task, missing_layers
-from loraweld.planning.vocabulary import check_ties_known, grow_to_tokenizer, new_vocab_size
+from loraweld.planning.vocabulary import check_shared_known, check_ties_known, grow_to_tokenizer, new_vocab_size
 from loraweld.request import MergeRequest
 
 
@@ -38,6 +38,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     claims = _claims(facts)
     resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors)
     check_ties_known(base, resolved.changes)
+    check_shared_known(base, resolved.changes)
     tokenizers = _tokenizers(request, adapters)
     grown = grow_to_tokenizer(base, resolved.changes, _tokens_needed(tokenizers))
     dtype, task = output_dtype(base, request.dtype), find_task(adapters, resolved.changes)
