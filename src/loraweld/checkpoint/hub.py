@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraweld.checkpoint.base import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
+from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.errors import CheckpointError
 
-# What a base needs: weights in safetensors and the small files beside them.
+# What a base needs: weights in safetensors and the small files beside them; pickles only where there are no others.
 _PATTERNS = [
     "*.safetensors",
     "*.json",
@@ -21,6 +23,7 @@ _PATTERNS = [
     "*.md",
     "LICENSE*",
 ]
+_PICKLES = [PICKLE_NAME, "pytorch_model-*.bin"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +103,25 @@ def _cached_or_downloaded(repo_id: str, revision: str | None) -> str:
 
     try:
         found = snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS, local_files_only=True)
-        if any(Path(found).glob("*.safetensors")):
+        if _is_complete(Path(found)):
             return str(found)
     except LocalEntryNotFoundError:
         pass
-    return str(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+    found = snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS)
+    if not _holds(Path(found), SINGLE_NAME, INDEX_NAME):
+        found = snapshot_download(repo_id, revision=revision, allow_patterns=_PICKLES)
+    return str(found)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a download was not interrupted: there are weights, and all files that their index names."""
+    index = INDEX_NAME if _holds(folder, "*.safetensors", INDEX_NAME) else PICKLE_INDEX_NAME
+    if not _holds(folder, index) or _holds(folder, SINGLE_NAME, PICKLE_NAME):
+        return _holds(folder, "*.safetensors", *_PICKLES)
+    weight_map = read_json_object(folder / index).get("weight_map")
+    named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    return all((folder / name).exists() for name in named)
+
+
+def _holds(folder: Path, *patterns: str) -> bool:
+    return any(path for pattern in patterns for path in folder.glob(pattern))

@@ -31,7 +31,7 @@ from loraweld.planning.notes import (
 from loraweld.planning.paths import check_output
 from loraweld.planning.recipes import make_recipes, output_dtype
 from loraweld.planning.task import Task, find_task, missing_layers
-from loraweld.planning.vocabulary import check_ties_known, grow_to_tokenizer, new_vocab_size
+from loraweld.planning.vocabulary import check_shared_known, check_ties_known, grow_to_tokenizer, new_vocab_size
 from loraweld.request import MergeRequest
 
 
@@ -46,10 +46,11 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     claims = _claims(facts)
     resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors)
     check_ties_known(base, resolved.changes)
+    check_shared_known(base, resolved.changes)
     tokenizers = _tokenizers(request, adapters)
     grown = grow_to_tokenizer(base, resolved.changes, _tokens_needed(tokenizers))
     dtype, task = output_dtype(base, request), find_task(adapters, resolved.changes)
-    plain = make_recipes(base, resolved.changes, facts.ties, dtype, drops_text_head=task is not None)
+    plain = make_recipes(facts, resolved.changes, dtype, drops_text_head=task is not None)
     output = encode_output(request, base, plain, facts.ties)
     recipes = output.recipes
     weights = _weights(request, base, output)
@@ -86,9 +87,12 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
 
 
 def _weights(request: MergeRequest, base: Base, output: EncodedOutput) -> tuple[WeightFile, ...]:
-    """Files as the base has them, unless another size was asked for or weights come in another form."""
+    """Files as the base has them, unless another size was asked for, weights come in another form, or files do.
+
+    A pickle has no header to keep.
+    """
     changes_form = output.settings is not None or (base.is_quantised and not output.keeps_settings)
-    if request.max_shard_bytes or changes_form:
+    if request.max_shard_bytes or changes_form or base.is_pickled:
         return repack(base, output.recipes, request.max_shard_bytes or SHARD_BYTES)
     return keep_layout(base, output.recipes)
 

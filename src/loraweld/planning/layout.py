@@ -10,7 +10,7 @@ from loraweld.checkpoint.base import INDEX_NAME, SINGLE_NAME, Base
 from loraweld.checkpoint.encodings.encoded import CODES
 from loraweld.checkpoint.header import PAGE_BYTES, build_header
 from loraweld.checkpoint.jsonfile import dump_json
-from loraweld.checkpoint.stored import SafetensorsFile
+from loraweld.checkpoint.stored import SafetensorsFile, StoredFile
 from loraweld.planning.merge_plan import Part, PlacedPart, Recipe, SmallFile, WeightFile
 
 SHARD_BYTES = 5 * 10**9
@@ -42,7 +42,7 @@ def repack(base: Base, recipes: Sequence[Recipe], max_shard_bytes: int) -> tuple
             free = max_shard_bytes
         groups[-1] += _outputs(recipe)
         free -= recipe.num_bytes
-    metadata = {"format": "pt", **base.files[0].header.metadata}
+    metadata = {"format": "pt", **base.files[0].metadata}
     return tuple(
         _weight_file(_shard_name(number, len(groups)), group, metadata, align_to=0)
         for number, group in enumerate(groups, start=1)
@@ -84,8 +84,9 @@ def _at(output: _Output) -> list[_Output]:
     return _outputs(output.recipe) if output.part.role == CODES else []
 
 
-def _like(file: SafetensorsFile, outputs: Sequence[_Output]) -> WeightFile:
+def _like(file: StoredFile, outputs: Sequence[_Output]) -> WeightFile:
     """A file with the name, the metadata and the data alignment of `file`."""
+    assert isinstance(file, SafetensorsFile)
     header = file.header
     same_entries = [(o.part.name, o.part.dtype, o.part.shape) for o in outputs] == [
         (t.name, t.dtype, t.shape) for t in file.tensors

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from loraweld.adapter.files import Adapter
-from loraweld.checkpoint.base import INDEX_NAME, Base
+from loraweld.checkpoint.base import INDEX_NAME, PICKLE_INDEX_NAME, Base
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.naming.tied import Tie
@@ -96,6 +96,6 @@ def runtime_notes(base: Base, keeps_form: bool) -> list[str]:
 
 def left_out_notes(base: Base, left_out: Sequence[str]) -> list[str]:
     """Say which files of the base's folder were not copied."""
-    read = {file.path.name for file in base.files} | {INDEX_NAME}
+    read = {file.path.name for file in base.files} | {PICKLE_INDEX_NAME if base.is_pickled else INDEX_NAME}
     skipped = [name for name in left_out if name not in read]
     return [f"not copied, other weights of the base: {', '.join(skipped)}"] if skipped else []
