@@ -447,3 +447,17 @@ def test_killed_and_resumed_the_bytes_and_the_report_are_the_same(method: str, t
         resumed += again.report["resumed_bytes"] > 0
     server.close()
     assert resumed > 2
+
+
+def test_as_given_says_that_the_adapter_saw_other_weights(llama: Path) -> None:
+    """An adapter that names a 4-bit base, merged into a 16-bit one without a word: the report has one."""
+    merge(llama, method="merged_4bit", out="four")
+    config = json.loads((llama / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(llama / "four")
+    (llama / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    notes = merge(llama, method="merged_16bit", out="as-given").notes
+    assert any("was trained on the 4-bit model" in note and "quantized-from" in note for note in notes)
+    folded = merge(llama, method="merged_16bit", merge_base="quantized-from")
+    expected = loraweld.merge(llama / "adapter", output=llama / "from-four")
+    assert load_folder(folded.output).keys() == load_folder(expected.output).keys()
+    assert all(torch.equal(t, load_folder(expected.output)[n]) for n, t in load_folder(folded.output).items())

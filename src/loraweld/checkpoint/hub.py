@@ -62,6 +62,21 @@ def locate_config(name: str, *, revision: str | None = None) -> Path:
         return Path(_config(name, revision)).parent
 
 
+def known_config(name: str, *, revision: str | None = None) -> Path | None:
+    """Return the config.json of `name` if it is on this machine already, without asking the Hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path / "config.json" if (path / "config.json").is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def _snapshot(repo_id: str, revision: str | None) -> Located:
     with _explained(repo_id, revision):
         folder = Path(_cached_or_downloaded(repo_id, revision))

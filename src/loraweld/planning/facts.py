@@ -12,7 +12,7 @@ from loraweld.checkpoint.hub import locate_base
 from loraweld.checkpoint.stored import StoredTensor, same_bytes
 from loraweld.errors import RequestError, listing
 from loraweld.naming.tied import Tie, find_ties, known_ties
-from loraweld.planning.trained_base import requantised_base
+from loraweld.planning.trained_base import as_given_notes, requantised_base
 from loraweld.request import QUANTIZED_FROM, MergeRequest
 
 
@@ -40,12 +40,12 @@ def gather_facts(request: MergeRequest) -> Facts:
     name, revision = (request.base, None) if request.base is not None else _named_base(adapters)
     located = locate_base(name, revision=revision)
     base, twins = _stored_once(open_base(located.folder, label=located.label, commit=located.commit))
-    notes: tuple[str, ...] = ()
     if request.merge_base == QUANTIZED_FROM:
-        base, note = requantised_base(request, base, adapters)
-        notes = (note,)
+        base, *notes = requantised_base(request, base, adapters)
+    else:
+        notes = as_given_notes(base, adapters)
     ties = find_ties(base.tensors, base.config)
-    return Facts(base=base, adapters=adapters, ties=ties, twins=twins, notes=notes)
+    return Facts(base=base, adapters=adapters, ties=ties, twins=twins, notes=tuple(notes))
 
 
 def _stored_once(base: Base) -> tuple[Base, tuple[Tie, ...]]:

@@ -16,7 +16,7 @@ from loraweld.checkpoint.base import CONFIG_NAME, Base, open_base
 from loraweld.checkpoint.encodings.bnb4 import NESTED_BLOCKSIZE, Bnb4, state_bytes
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.checkpoint.encodings.recognise import quantization_settings
-from loraweld.checkpoint.hub import locate_config
+from loraweld.checkpoint.hub import known_config, locate_config
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.errors import CheckpointError, MatchError, RequestError
@@ -48,6 +48,20 @@ def requantised_base(request: MergeRequest, base: Base, adapters: Sequence[Adapt
     else:
         encodings = _from_config(_asked(request), base)
     return replace(base, tensors=_replaced(base, encodings)), _note(encodings, name, bool(settings))
+
+
+def as_given_notes(base: Base, adapters: Sequence[Adapter]) -> list[str]:
+    """Say of adapters known to be trained on a 4-bit model that they are folded onto other weights than they saw."""
+    notes = []
+    for adapter in adapters:
+        name = adapter.config.base
+        path = known_config(name, revision=adapter.config.revision) if name and not base.is_quantised else None
+        if path is not None and quantization_settings(read_json_object(path)).get("load_in_4bit"):
+            notes.append(
+                f"{adapter.label} was trained on the 4-bit model {name}; it is folded onto the 16-bit base as given. "
+                "--merge-base quantized-from folds onto what it saw"
+            )
+    return notes
 
 
 def _checkpoint(request: MergeRequest, adapters: Sequence[Adapter]) -> tuple[Path, str]:
