@@ -28,19 +28,38 @@ ALIASES = {
     "float16": "f16",
     "bfloat16": "bf16",
 }
+# Source: llama.cpp's tools/quantize/README.md, for Llama 3.1 8B; what is missing there, by the types' blocks.
+BITS_PER_WEIGHT = {
+    **dict(f32=32.0, f16=16.0, bf16=16.0, q8_0=8.5, q6_k=6.57, q5_k_m=5.71, q5_k_s=5.58, q5_1=6.1, q5_0=5.6),
+    **dict(q4_k_m=4.9, q4_k_s=4.67, q4_1=5.1, q4_0=4.65, iq4_nl=4.69, iq4_xs=4.46, iq3_m=3.77, iq3_s=3.67),
+    **dict(q3_k_l=4.3, q3_k_m=4.0, q3_k_s=3.65, q2_k=3.16),
+}
+_TYPE_OF_DTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _KNOWN = (NOT_QUANTIZED, *CONVERTER_TYPES, *QUANTISER_TYPES)
 
 
 def parse_quantization(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the GGUF types that `names` mean, each once; `not_quantized` stays until the folder is known.
+    """Return the GGUF types that `names` (a list, or a text with commas) mean, each once.
+
+    `not_quantized` stays until the folder is known, see `known_types`.
 
     Raises:
         RequestError: no name, an unknown one, or a type that needs an importance matrix.
     """
-    types = tuple(dict.fromkeys(_type(name) for name in ([names] if isinstance(names, str) else names)))
+    types = tuple(dict.fromkeys(_type(name) for name in (names.split(",") if isinstance(names, str) else names)))
     if not types:
-        raise RequestError("no quantization type was given; expected for example q8_0")
+        raise RequestError("no GGUF type was given; expected for example q8_0")
     return types
+
+
+def stored_type(dtype: str) -> str:
+    """Return the type that keeps weights as they are, whose dtype in a safetensors header is this."""
+    return _TYPE_OF_DTYPE.get(dtype, "f32")
+
+
+def known_types(names: Sequence[str], stored: str) -> tuple[str, ...]:
+    """Return parsed names with the type that a folder stores in the place of `not_quantized`."""
+    return tuple(dict.fromkeys(stored if name == NOT_QUANTIZED else name for name in names))
 
 
 def _type(name: object) -> str:
@@ -49,8 +68,8 @@ def _type(name: object) -> str:
     if normal in _KNOWN:
         return normal
     if normal in NEED_IMPORTANCE:
-        raise RequestError(f"quantization {name!r} is known but not offered: it needs an importance matrix (imatrix)")
+        raise RequestError(f"GGUF type {name!r} is known but not offered: it needs an importance matrix (imatrix)")
     valid = (NOT_QUANTIZED, "fast_quantized", "quantized", *CONVERTER_TYPES, *QUANTISER_TYPES)
     close = get_close_matches(normal, (*valid, *ALIASES), n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise RequestError(f"quantization is {name!r}, expected one of {', '.join(valid)}{hint}")
+    raise RequestError(f"GGUF type is {name!r}, expected one of {', '.join(valid)}{hint}")

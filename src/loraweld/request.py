@@ -11,8 +11,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from loraweld.errors import OutputError, RequestError
+from loraweld.gguf_types import parse_quantization
 
-SAVE_METHODS = ("merged_16bit", "lora")
+SAVE_METHODS = ("merged_16bit", "lora", "gguf")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MIN_MEMORY_BYTES = 64 * 10**6
 MAX_SIZE_BYTES = 2**62
@@ -40,6 +41,8 @@ class MergeRequest:
     overwrite: bool
     resume: bool
     tokenizer: Path | None
+    gguf_types: tuple[str, ...]
+    keep_merged: bool
 
 
 def make_request(
@@ -55,6 +58,8 @@ def make_request(
     overwrite: bool = False,
     resume: bool = True,
     tokenizer: PathLike | None = None,
+    gguf_type: str | Sequence[str] | None = None,
+    keep_merged: bool = False,
 ) -> MergeRequest:
     """Check the options and return them as one value.
 
@@ -67,11 +72,12 @@ def make_request(
         raise RequestError("no adapter was given; expected one or more PEFT folders")
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise RequestError(f"workers is {workers}, expected 1 to {MAX_WORKERS}")
+    method = _choice("save_method", save_method, SAVE_METHODS)
     return MergeRequest(
         adapters=tuple(Path(path) for path in adapters),
         output=_output(Path(output)),
         base=None if base is None else os.fspath(base),
-        save_method=_choice("save_method", save_method, SAVE_METHODS),
+        save_method=method,
         dtype=_choice("dtype", dtype, DTYPES),
         max_shard_bytes=None if max_shard_size is None else parse_size("max_shard_size", max_shard_size),
         max_memory_bytes=_memory(max_memory),
@@ -79,6 +85,8 @@ def make_request(
         overwrite=overwrite,
         resume=resume,
         tokenizer=None if tokenizer is None else Path(tokenizer),
+        gguf_types=_gguf_types(method, gguf_type, keep_merged),
+        keep_merged=keep_merged,
     )
 
 
@@ -113,6 +121,15 @@ def _memory(value: int | str) -> int:
     if size < MIN_MEMORY_BYTES:
         raise RequestError(f"max_memory is {value!r}, the least that works is {MIN_MEMORY_BYTES // 10**6}MB")
     return size
+
+
+def _gguf_types(method: str, gguf_type: str | Sequence[str] | None, keep_merged: bool) -> tuple[str, ...]:
+    if method == "gguf":
+        return parse_quantization("q8_0" if gguf_type is None else gguf_type)
+    given = {"gguf_type": gguf_type is not None, "keep_merged": keep_merged}
+    for name in (name for name, is_given in given.items() if is_given):
+        raise RequestError(f"{name} has no effect with save_method {method}, only with gguf; leave it out")
+    return ()
 
 
 def _choice(option: str, value: str, valid: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ Both tools run as processes of their own, in a hidden folder inside the output; 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,10 +20,10 @@ from loraweld.checkpoint.jsonfile import read_json_if_there
 from loraweld.errors import CheckpointError, OutputError, RequestError, listing
 from loraweld.export.modelfile import modelfile
 from loraweld.export.tools import Maker, check_tools
-from loraweld.gguf_types import NOT_QUANTIZED, parse_quantization
+from loraweld.gguf_types import known_types, parse_quantization, stored_type
+from loraweld.planning.gguf_output import gguf_names, gguf_notes, has_own_code
 from loraweld.sinks import system
 
-_TYPE_OF_DTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _STAGING = ".loraweld-gguf"
 
 
@@ -68,20 +67,50 @@ def convert_folder(
     wanted = parse_quantization(quantization)
     check_tools(wanted)
     base = _open(model, trust_remote_code)
-    stored = _TYPE_OF_DTYPE.get(base.main_dtype, "f32")
-    types = tuple(dict.fromkeys(stored if item == NOT_QUANTIZED else item for item in wanted))
+    types = known_types(wanted, stored_type(base.main_dtype))
     label = name or model.resolve().name
-    paths = [output / f"{_file_stem(label)}-{item.upper()}.gguf" for item in types]
-    modelfiles = [output / ("Modelfile" if i == 0 else f"Modelfile-{item.upper()}") for i, item in enumerate(types)]
-    _refuse_existing([*paths, *modelfiles], overwrite)
+    names = gguf_names(label, types)
+    paths = [output / name for name, _ in names], [output / name for _, name in names]
+    _refuse_existing([*paths[0], *paths[1]], overwrite)
     with _staging(output) as staging:
-        maker = Maker(model=model.absolute(), name=label, stored=stored, folder=staging)
-        texts = [modelfile(model, path.name) for path in paths]
-        made = [maker.make(item) for item in types]
-        for path, text in zip(modelfiles, texts, strict=True):
-            (staging / path.name).write_text(text, encoding="utf-8")
-        _publish([*made, *(staging / path.name for path in modelfiles)], [*paths, *modelfiles])
-    return GgufExport(files=tuple(paths), modelfiles=tuple(modelfiles), notes=tuple(_notes(base, types, stored)))
+        files = make_files(model, staging, name=label, types=types, dtype=base.main_dtype, about=model)
+        publish_files(files, output.absolute())
+    notes = gguf_notes(base.config, types, stored_type(base.main_dtype))
+    return GgufExport(files=tuple(paths[0]), modelfiles=tuple(paths[1]), notes=tuple(notes))
+
+
+def make_files(model: Path, work: Path, *, name: str, types: Sequence[str], dtype: str, about: Path) -> dict[str, Path]:
+    """Make the .gguf file and the Modelfile of each type in the empty folder `work`; return them by the names to give.
+
+    Args:
+        model: the folder of a model that is known to be fit for the converter.
+        work: may hold other files besides them afterwards.
+        name: the model's name.
+        types: known types, no `not_quantized`.
+        dtype: the code of the weights in the folder.
+        about: the folder that errors name.
+
+    Raises:
+        LoraweldError: a tool failed (says what it said), or a weight does not exist in f16.
+    """
+    maker = Maker(model=model.absolute(), name=name, stored=stored_type(dtype), folder=work, about=about)
+    names = gguf_names(name, types)
+    modelfiles = {}
+    for gguf, named in names:
+        modelfiles[named] = work / named
+        modelfiles[named].write_text(modelfile(model, gguf), encoding="utf-8")
+    files = {gguf: maker.make(item) for item, (gguf, _) in zip(types, names, strict=True)}
+    return {**files, **modelfiles}
+
+
+def publish_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Rename finished files into `folder`, durably and in order: the Modelfiles last, which name the others."""
+    for path in files.values():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    for name, path in files.items():
+        path.replace(folder / name)
+    system.sync_folder(folder)
 
 
 def _open(model: Path, trust_remote_code: bool) -> Base:
@@ -90,30 +119,12 @@ def _open(model: Path, trust_remote_code: bool) -> Base:
         raise CheckpointError("is quantised; a GGUF file is made from 16- or 32-bit weights", path=model)
     if not base.config:
         raise CheckpointError("has no config.json; expected the folder of a merged model", path=model)
-    if not trust_remote_code:
-        for name in ("config.json", "tokenizer_config.json"):
-            own_code = read_json_if_there(model / name).get("auto_map")
-            if isinstance(own_code, Mapping) and "AutoTokenizer" in own_code:
-                raise RequestError(
-                    f"{model / name}: the tokenizer brings its own Python code, which the converter would run; "
-                    "set trust_remote_code if you trust the model's authors"
-                )
-    return base
-
-
-def _notes(base: Base, types: Sequence[str], stored: str) -> Iterator[str]:
-    if "f16" in types and stored != "f16":
-        yield f"f16 rounds weights that are stored as {base.main_dtype}; {stored} keeps them"
-    if {"vision_config", "audio_config"} & set(base.config):
-        yield (
-            "the .gguf holds the language model; llama.cpp keeps image and audio encoders in a second file (mmproj), "
-            "which is not made"
+    if not trust_remote_code and has_own_code(base.config, read_json_if_there(model / "tokenizer_config.json")):
+        raise RequestError(
+            f"{model}: the tokenizer brings its own Python code, which the converter would run; "
+            "set trust_remote_code if you trust the model's authors"
         )
-
-
-def _file_stem(name: str) -> str:
-    """A name without what a shell, a Modelfile or a file system could take for something else."""
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "model"
+    return base
 
 
 def _refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
@@ -147,13 +158,3 @@ def _staging(output: Path) -> Iterator[Path]:
         if is_new:
             with suppress(OSError):
                 output.rmdir()
-
-
-def _publish(made: Sequence[Path], targets: Sequence[Path]) -> None:
-    """Rename finished files into place, durably; the Modelfiles last, which name the others."""
-    for path in made:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    for path, target in zip(made, targets, strict=True):
-        path.replace(target)
-    system.sync_folder(targets[0].absolute().parent)

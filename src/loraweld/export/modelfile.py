@@ -45,7 +45,7 @@ def _chat_template(model: Path, config: Mapping[str, Any]) -> str | None:
             raise CheckpointError(f"cannot be read: {error}", path=own_file) from None
     found = config.get("chat_template") or read_json_if_there(model / "chat_template.json").get("chat_template")
     if isinstance(found, list):
-        found = next((item.get("template") for item in found if item.get("name") == "default"), None)
+        found = next((item.get("template") for item in _objects(found) if item.get("name") == "default"), None)
     return found if isinstance(found, str) else None
 
 
@@ -62,15 +62,19 @@ def _stop_tokens(model: Path, config: Mapping[str, Any], chat: ChatFormat | None
     return [text for text in dict.fromkeys(stops) if text]
 
 
-def _special_tokens(model: Path, config: Mapping[str, Any]) -> dict[object, str]:
+def _special_tokens(model: Path, config: Mapping[str, Any]) -> dict[int, str]:
     """Return the texts of the special tokens by their ids."""
-    listed = read_json_if_there(model / "tokenizer.json").get("added_tokens")
-    entries = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
-    texts = {item.get("id"): token_text(item) for item in entries if item.get("special")}
+    entries = _objects(read_json_if_there(model / "tokenizer.json").get("added_tokens"))
+    texts = {item["id"]: token_text(item) for item in entries if item.get("special") and type(item.get("id")) is int}
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         texts |= {int(i): token_text(item) for i, item in decoder.items() if i.isdigit()}
     return {i: text for i, text in texts.items() if text.strip()}
+
+
+def _objects(found: object) -> list[dict[str, Any]]:
+    """Return the objects of a list; whatever else a stranger's file has there is passed over."""
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 
 
 def _quoted(text: str) -> str:

