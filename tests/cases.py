@@ -104,6 +104,20 @@ def perturb_(*modules: nn.Module | None) -> None:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
 
 
+def reload_strictly(auto: type, folder: Path) -> nn.Module:
+    """Load a merged model and check that the class and the file agree on every tensor."""
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not {kind: keys for kind, keys in info.items() if keys}
+    return model.eval()
+
+
+def reload_merged(model: TinyModel, case: AdapterCase, folder: Path) -> nn.Module:
+    if case.trained_on == "classifier":
+        return reload_strictly(tf.AutoModelForSequenceClassification, folder)
+    merged = reload_strictly(model.auto, folder)
+    return tf.AutoModel.from_pretrained(folder).eval() if case.trained_on == "backbone" else merged
+
+
 def config(**options: Any) -> LoraConfig:
     return LoraConfig(**({"r": 4, "lora_alpha": 6} | options))
 

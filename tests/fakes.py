@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraweld.sinks import system
-from loraweld.sinks.journal import Journal
+from loraweld.sinks.journal import Journal, Measured
 
 Shapes = Mapping[str, tuple[int, ...]]
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module → (A, B)
@@ -188,10 +188,9 @@ class Recorder:
     def _note_journal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         append = Journal.append
 
-        def noted(journal: Journal, keys: Iterable[str]) -> None:
-            lines = tuple(keys)
-            self.events.append(Event(kind="journal", inode=0, keys=lines))
-            append(journal, lines)
+        def noted(journal: Journal, items: Measured) -> None:
+            self.events.append(Event(kind="journal", inode=0, keys=tuple(items)))
+            append(journal, items)
 
         monkeypatch.setattr(Journal, "append", noted)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loraweld
-from cases import AdapterCase, pairs
+from cases import AdapterCase, pairs, reload_merged
 from models import TinyModel, logits
 
 BaseFolder = Callable[..., Path]
@@ -43,20 +43,6 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> BaseFolder:
         return folders[key]
 
     return folder
-
-
-def reload_strictly(auto: type, folder: Path) -> nn.Module:
-    """Load a merged model and check that the class and the file agree on every tensor."""
-    model, info = auto.from_pretrained(folder, output_loading_info=True)
-    assert not {kind: keys for kind, keys in info.items() if keys}
-    return model.eval()
-
-
-def reload_merged(model: TinyModel, case: AdapterCase, folder: Path) -> nn.Module:
-    if case.trained_on == "classifier":
-        return reload_strictly(tf.AutoModelForSequenceClassification, folder)
-    merged = reload_strictly(model.auto, folder)
-    return tf.AutoModel.from_pretrained(folder).eval() if case.trained_on == "backbone" else merged
 
 
 def each_pair(*case_names: str) -> pytest.MarkDecorator:

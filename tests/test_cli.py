@@ -382,7 +382,7 @@ USAGE = [
     f"{MERGE} --workers -3",
     f"{MERGE} --dtype int8",
     f"{MERGE} --save-method bogus",
-    f"{MERGE} --save-method 16bit",
+    f"{MERGE} --save-method 32bit",
     f"{MERGE} --max-shard-size 5XB",
     f"{MERGE} --max-shard-size 0GB",
     f"{MERGE} --max-shard-size -1GB",
@@ -420,7 +420,10 @@ def test_wrong_usage_is_exit_code_2(line: str, place: Path, command: Command) ->
 
 def test_a_wrong_value_is_answered_with_the_valid_ones(place: Path, command: Command) -> None:
     """A save method or dtype that does not exist: the message lists those that do."""
-    assert "merged_16bit, lora" in command(f"{MERGE} --save-method bogus").err
+    assert (
+        "merged_16bit, merged_4bit, merged_8bit, merged_fp8, preserve, lora"
+        in command(f"{MERGE} --save-method bogus").err
+    )
     assert "auto, bfloat16, float16, float32" in command(f"{MERGE} --dtype int8").err
 
 

@@ -957,7 +957,9 @@ def test_files_have_the_mode_that_the_umask_asks_for(umask: int, tmp_path: Path)
 # 6. Arguments, process, interruption
 
 
-@pytest.mark.parametrize("spelling", ["merged_16bit", "MERGED_16BIT", "merged 16bit", "Merged-16bit"])
+@pytest.mark.parametrize(
+    "spelling", ["merged_16bit", "MERGED_16BIT", "merged 16bit", "Merged-16bit", "16bit", " 16 Bit "]
+)
 def test_spellings_of_a_save_method_mean_the_same(spelling: str, tmp_path: Path) -> None:
     """`save_method="MERGED_16BIT"` wrote weights without config.json: aliases normalised."""
     save_llama(tmp_path / "base")
@@ -968,9 +970,12 @@ def test_spellings_of_a_save_method_mean_the_same(spelling: str, tmp_path: Path)
 @pytest.mark.parametrize(
     "options",
     [
-        {"save_method": "16bit"},
+        {"save_method": "merged_6bit"},
         {"save_method": "bogus"},
-        {"save_method": "merged_4bit"},
+        {"save_method": "w4a16"},
+        {"quant_type": "nf4"},
+        {"skip_modules": ["q_proj"]},
+        {"merge_base": "quantised"},
         {"dtype": "int8"},
         {"dtype": ""},
         {"max_shard_size": "5 gigs"},
@@ -985,7 +990,8 @@ def test_other_values_of_options_are_refused(options: dict[str, Any], tmp_path: 
     save_llama(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", Q_BOTH)
     ((name, value),) = options.items()
-    assert_refused(tmp_path, adapter, words=[name, str(value)], **options)
+    said = "has no effect" if name in ("quant_type", "skip_modules") else str(value)
+    assert_refused(tmp_path, adapter, words=[name, said], **options)
 
 
 @pytest.mark.parametrize("name", ["safe_serialization", "tags", "variant", "state_dict", "maximum_memory_usage"])

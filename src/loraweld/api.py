@@ -14,10 +14,10 @@ from loraweld.planning.build import build_plan
 from loraweld.planning.facts import Facts, gather_facts
 from loraweld.planning.lora_output import plan_lora
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan
-from loraweld.planning.notes import no_change_notes
+from loraweld.planning.notes import base_difference_notes, no_change_notes
 from loraweld.record import record_text
-from loraweld.report import MergeReport, human_bytes
-from loraweld.request import MergeRequest, PathLike, make_request
+from loraweld.report import MergeReport, RunFacts, WeightFidelity, human_bytes, lost_change_notes
+from loraweld.request import AS_GIVEN, MergeRequest, PathLike, make_request
 from loraweld.sinks.existing import ExistingSink, RepeatedSink
 from loraweld.sinks.folder import (
     TAKEN,
@@ -55,6 +55,12 @@ def merge(
     overwrite: bool = False,
     resume: bool = True,
     tokenizer: PathLike | None = None,
+    merge_base: str = AS_GIVEN,
+    quant_type: str | None = None,
+    double_quant: bool | None = None,
+    blocksize: int | None = None,
+    quantizer: str | None = None,
+    skip_modules: Sequence[str] | None = None,
     gguf_type: str | Sequence[str] | None = None,
     keep_merged: bool = False,
     progress: Progress | None = None,
@@ -65,7 +71,9 @@ def merge(
         adapter: a PEFT folder, or several; their deltas are summed before the only rounding.
         output: the folder that will hold the model; it appears when it is complete.
         base: a folder or a Hub id; None takes the one that the adapter's config names.
-        save_method: "merged_16bit", "lora" for the adapter alone, or "gguf" for .gguf files and a Modelfile.
+        save_method: "merged_16bit"; "merged_4bit" and "merged_8bit" (bitsandbytes), "merged_fp8" (compressed-tensors);
+            "preserve" for the encoding that the base has; "gguf" for .gguf files and a Modelfile; "lora" for the
+            adapter alone.
         dtype: of the weights the base stores in its main dtype: "auto" keeps a 16-bit type and writes
             bfloat16 for a float32 base; "bfloat16", "float16", "float32".
         max_shard_size: repack into files of at most this size ("5GB", or bytes); None keeps the base's files.
@@ -74,6 +82,13 @@ def merge(
         overwrite: replace an output that exists.
         resume: continue an interrupted merge of the same inputs.
         tokenizer: folder of the tokenizer to ship, instead of the adapter's or the base's.
+        merge_base: "as-given", or "quantized-from", with ":" and a checkpoint if need be: fold onto what a 4-bit model
+            computes with in the modules that the checkpoint has in 4 bit.
+        quant_type: codes of merged_4bit, "nf4" or "fp4".
+        double_quant: whether its block scales are quantised too; None: they are.
+        blocksize: weights that share a scale; None: 64.
+        quantizer: "mse" for block scales of least squared error, "absmax" for those of bitsandbytes; None: "mse".
+        skip_modules: modules that stay in 16 bit besides embeddings and head: ends or beginnings of their paths.
         gguf_type: with "gguf", one or more of its types; None takes "q8_0".
         keep_merged: with "gguf", keep the merged model too, in the folder "merged" of the output.
         progress: called from any thread with the number of weight bytes that became ready.
@@ -93,6 +108,12 @@ def merge(
         overwrite=overwrite,
         resume=resume,
         tokenizer=tokenizer,
+        merge_base=merge_base,
+        quant_type=quant_type,
+        double_quant=double_quant,
+        blocksize=blocksize,
+        quantizer=quantizer,
+        skip_modules=skip_modules,
         gguf_type=gguf_type,
         keep_merged=keep_merged,
     )
@@ -148,14 +169,14 @@ def _fulfil(
     """Find the output finished, compare it, or write it."""
     identity = _identity(made, record)
     if finish_published(request.output, identity=identity):
-        return _report(made, None, started=started)
+        return _report(made, RunFacts(resumed_bytes=made.merged_bytes), started=started)
     was_there = _is_taken(request)
     if was_there:
         _check_record(made, record)
     if was_there and complete is None:
         result = _run(made, ExistingSink(made.output), record, progress)
         discard_staging(request.output)
-        return _report(made, *result, started=started, was_there=True)
+        return _report(made, result, started=started, was_there=True)
     _check_disk(made)
     with open_folder_sink(
         request.output,
@@ -173,7 +194,7 @@ def _fulfil(
         except LoraweldError:
             sink.clean_up()  # it would fail again: there is nothing to continue
             raise
-    return _report(made, *result, started=started, was_there=was_there)
+    return _report(made, result, started=started, was_there=was_there)
 
 
 def _is_taken(request: MergeRequest) -> bool:
@@ -192,12 +213,18 @@ def _check_record(made: MergePlan, record: str | None) -> None:
         raise OutputError(TAKEN, path=made.output)
 
 
-def _run(made: MergePlan, sink: Any, record: str | None, progress: Progress) -> tuple[int, list[str]]:
-    """Return the bytes that an earlier run had finished, and what only the run could tell."""
+def _run(made: MergePlan, sink: Any, record: str | None, progress: Progress) -> RunFacts:
+    """Run a plan and return what only the run could tell."""
     from loraweld.execute.run import run_plan  # torch is imported only once there is work
 
     result = run_plan(made, sink, record=record, progress=progress)
-    return result.resumed_bytes, no_change_notes(made) if result.saw_no_change else []
+    fidelity = tuple(
+        WeightFidelity(tensor=name, relative_error=found.relative_error, kept=found.kept)
+        for name, found in result.fidelity.items()
+    )
+    notes = no_change_notes(made) if result.saw_no_change else []
+    notes += base_difference_notes(result.base_difference)
+    return RunFacts(resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=fidelity)
 
 
 def _check_disk(made: MergePlan) -> None:
@@ -231,17 +258,8 @@ def _output_error(error: OSError, request: MergeRequest) -> OutputError:
     return OutputError(f"cannot be written: {error.strerror or error}; {kept}", path=request.output)
 
 
-def _report(
-    made: MergePlan,
-    resumed_bytes: int | None,
-    notes: Sequence[str] = (),
-    *,
-    started: float,
-    was_there: bool = False,
-) -> MergeReport:
-    """`resumed_bytes` None: all of them."""
+def _report(made: MergePlan, facts: RunFacts, *, started: float, was_there: bool = False) -> MergeReport:
     files = tuple(file.name for file in made.files)
-    written = sum((made.output / name).stat().st_size for name in files)
     return MergeReport(
         output=made.output,
         base=made.base,
@@ -251,9 +269,10 @@ def _report(
         files=files,
         recipes=dict(made.recipes_by_kind),
         modules=made.modules,
-        notes=(*made.notes, *notes),
-        bytes_written=written,
-        resumed_bytes=written if resumed_bytes is None else resumed_bytes,
+        notes=(*made.notes, *facts.notes, *lost_change_notes(facts.fidelity)),
+        fidelity=facts.fidelity,
+        bytes_written=sum((made.output / name).stat().st_size for name in files),
+        resumed_bytes=facts.resumed_bytes,
         was_there=was_there,
         seconds=time.monotonic() - started,
     )

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from loraweld._version import __version__
 from loraweld.errors import LoraweldError, RequestError
-from loraweld.request import DTYPES, SAVE_METHODS, MergeRequest, make_request
+from loraweld.request import AS_GIVEN, DTYPES, QUANT_TYPES, MergeRequest, make_request
+from loraweld.save_methods import SAVE_METHODS
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -90,6 +91,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
         for name in (
             *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
             *("workers", "overwrite", "resume", "tokenizer", "gguf_type", "keep_merged"),
+            *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
         )
     }
     for name, value in options.items():
@@ -144,7 +146,8 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-method",
         default="merged_16bit",
         metavar="METHOD",
-        help=f"{', '.join(SAVE_METHODS)}: lora is the adapter alone, gguf for llama.cpp (default: %(default)s)",
+        help=f"{', '.join(SAVE_METHODS)}; preserve goes back to the base's own encoding, gguf is for llama.cpp, "
+        "lora is the adapter alone (default: %(default)s)",
     )
     add("--gguf-type", metavar="TYPE", help="with gguf: one or more of its types, e.g. q8_0,f16 (default: q8_0)")
     add("--keep-merged", action="store_true", help="with gguf: keep the merged model too, in OUT/merged")
@@ -178,5 +181,37 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder of the tokenizer to ship (default: the adapter's, else the base's)",
     )
+    _add_encoding_arguments(parser.add_argument_group("quantised bases and outputs"))
     add("--json", action="store_true", help="print the report as JSON on stdout")
     add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_encoding_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--merge-base",
+        default=AS_GIVEN,
+        metavar="WHICH",
+        help="as-given, or quantized-from[:BASE]: fold onto what a 4-bit model computes with, as in QLoRA training, in "
+        "the modules that BASE (default: the base the adapter names) has in 4 bit (default: %(default)s)",
+    )
+    add("--quant-type", metavar="TYPE", help=f"codes of merged_4bit: {' or '.join(QUANT_TYPES)} (default: nf4)")
+    add(
+        "--no-double-quant",
+        dest="double_quant",
+        action="store_const",
+        const=False,
+        help="keep the block scales of merged_4bit in float32",
+    )
+    add("--blocksize", type=int, metavar="N", help="weights that share a scale in merged_4bit (default: 64)")
+    add(
+        "--quantizer",
+        metavar="NAME",
+        help="block scales of 4 bit: mse, of least squared error, or absmax, as bitsandbytes (default: mse)",
+    )
+    add(
+        "--skip-modules",
+        nargs="+",
+        metavar="NAME",
+        help="modules that stay in 16 bit besides embeddings and head: the end of their path, or its beginning",
+    )

@@ -51,7 +51,9 @@ DTYPES: dict[str, DType] = {
     )
 }
 
+CODE_BY_TORCH_NAME = {dtype.torch_name: dtype.code for dtype in DTYPES.values() if dtype.torch_name}
 FLOAT_CODE_BY_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+NAME_BY_FLOAT_CODE = {code: name for name, code in FLOAT_CODE_BY_NAME.items()}
 
 
 def is_plain_float(code: str) -> bool:

@@ -60,5 +60,5 @@ def _base(base: Base) -> Mapping[str, Any]:
     return {
         "name": base.label if base.commit else Path(base.label).name,
         "commit": base.commit,
-        "headers_sha256": {file.path.name: hashlib.sha256(file.header.raw).hexdigest() for file in base.files},
+        "headers_sha256": {file.path.name: hashlib.sha256(file.description).hexdigest() for file in base.files},
     }

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from loraweld.planning.merge_plan import MergePlan, ModuleLine, OutputFile
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFidelity:
+    """What encoding has done to an edited weight.
+
+    `relative_error`: norm of the error over that of the weight. `kept`: the part of the adapter's change that the
+    stored weight has, 1 for all of it; None where the adapter changes nothing.
+    """
+
+    tensor: str
+    relative_error: float
+    kept: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What only a run can tell."""
+
+    resumed_bytes: int
+    notes: tuple[str, ...] = ()
+    fidelity: tuple[WeightFidelity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +52,7 @@ class MergeReport:
     recipes: dict[str, int]
     modules: tuple[ModuleLine, ...]
     notes: tuple[str, ...]
+    fidelity: tuple[WeightFidelity, ...]
     bytes_written: int
     resumed_bytes: int
     was_there: bool
@@ -46,6 +72,7 @@ class MergeReport:
                 {"adapter": m.adapter, "module": m.module, "tensor": m.tensor, "what": m.what} for m in self.modules
             ],
             "notes": list(self.notes),
+            "fidelity": [asdict(weight) for weight in self.fidelity],
             "bytes_written": self.bytes_written,
             "resumed_bytes": self.resumed_bytes,
             "was_there": self.was_there,
@@ -62,8 +89,34 @@ class MergeReport:
             f"base {self.base}, adapter {', '.join(self.adapters)}, {self.dtype}",
             f"tensors: {counts(self.recipes)}",
             *_module_lines(self.modules),
+            *_fidelity_lines(self.fidelity),
             *(f"note: {note}" for note in self.notes),
         ]
+
+
+def lost_change_notes(fidelity: Sequence[WeightFidelity]) -> list[str]:
+    """Warn of weights in whose codes less than half of the adapter's change is left."""
+    lost = sorted((weight.kept, weight.tensor) for weight in fidelity if weight.kept is not None and weight.kept < 0.5)
+    if not lost:
+        return []
+    shown = ", ".join(f"{tensor} {kept:.0%}" for kept, tensor in lost[:_SHOWN])
+    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    return [
+        f"WARNING: less than half of the adapter's change is left in {len(lost)} of {len(fidelity)} weights, because "
+        f"it is smaller than the steps of their codes: {shown}{more}. Save with --save-method merged_16bit to keep it"
+    ]
+
+
+def _fidelity_lines(fidelity: Sequence[WeightFidelity]) -> list[str]:
+    """The middle and the worst of what encoding has done, over the edited weights."""
+    if not fidelity:
+        return []
+    errors = sorted(weight.relative_error for weight in fidelity)
+    kept = sorted(weight.kept for weight in fidelity if weight.kept is not None)
+    lines = [f"encoding added {median(errors):.2%} of a weight's norm as error (median; worst {errors[-1]:.2%})"]
+    if kept:
+        lines.append(f"of the adapter's change the codes keep {median(kept):.0%} (median; least {kept[0]:.0%})")
+    return lines
 
 
 def counts(recipes: dict[str, int]) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
+from loraweld.checkpoint.encodings.bnb4 import BLOCKSIZES
 from loraweld.errors import OutputError, RequestError
 from loraweld.gguf_types import parse_quantization
+from loraweld.save_methods import ONLY_FOR, nearest_name, normal_name, parse_save_method
 
-SAVE_METHODS = ("merged_16bit", "lora", "gguf")
+QUANT_TYPES = ("nf4", "fp4")
+QUANTIZERS = ("mse", "absmax")
+AS_GIVEN, QUANTIZED_FROM = "as-given", "quantized-from"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MIN_MEMORY_BYTES = 64 * 10**6
 MAX_SIZE_BYTES = 2**62
@@ -28,7 +32,11 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRequest:
-    """A merge as asked for. Sizes in bytes; `base` None means the one the adapter's config names."""
+    """A merge as asked for. Sizes in bytes; `base` None means the one the adapter's config names.
+
+    `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
+    the adapter was trained on, None for the one that its config names.
+    """
 
     adapters: tuple[Path, ...]
     output: Path
@@ -41,8 +49,15 @@ class MergeRequest:
     overwrite: bool
     resume: bool
     tokenizer: Path | None
-    gguf_types: tuple[str, ...]
-    keep_merged: bool
+    merge_base: str = AS_GIVEN
+    quantized_base: str | None = None
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    blocksize: int = 64
+    quantizer: str = "mse"
+    skip_modules: tuple[str, ...] = ()
+    gguf_types: tuple[str, ...] = ()
+    keep_merged: bool = False
 
 
 def make_request(
@@ -58,6 +73,12 @@ def make_request(
     overwrite: bool = False,
     resume: bool = True,
     tokenizer: PathLike | None = None,
+    merge_base: str = AS_GIVEN,
+    quant_type: str | None = None,
+    double_quant: bool | None = None,
+    blocksize: int | None = None,
+    quantizer: str | None = None,
+    skip_modules: Sequence[str] | None = None,
     gguf_type: str | Sequence[str] | None = None,
     keep_merged: bool = False,
 ) -> MergeRequest:
@@ -72,21 +93,33 @@ def make_request(
         raise RequestError("no adapter was given; expected one or more PEFT folders")
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise RequestError(f"workers is {workers}, expected 1 to {MAX_WORKERS}")
-    method = _choice("save_method", save_method, SAVE_METHODS)
+    method, implied = parse_save_method(save_method)
+    given: dict[str, Any] = {
+        "dtype": dtype if dtype != "auto" else None,
+        "quant_type": quant_type,
+        "double_quant": double_quant,
+        "blocksize": blocksize,
+        "quantizer": quantizer,
+        "skip_modules": skip_modules,
+        "gguf_type": gguf_type,
+        "keep_merged": keep_merged or None,
+    }
+    options = _options(save_method, method, implied, given, merge_base)
+    folded, _, quantized_base = merge_base.partition(":")
     return MergeRequest(
         adapters=tuple(Path(path) for path in adapters),
         output=_output(Path(output)),
         base=None if base is None else os.fspath(base),
         save_method=method,
-        dtype=_choice("dtype", dtype, DTYPES),
         max_shard_bytes=None if max_shard_size is None else parse_size("max_shard_size", max_shard_size),
         max_memory_bytes=_memory(max_memory),
         workers=workers or DEFAULT_WORKERS,
         overwrite=overwrite,
         resume=resume,
         tokenizer=None if tokenizer is None else Path(tokenizer),
-        gguf_types=_gguf_types(method, gguf_type, keep_merged),
-        keep_merged=keep_merged,
+        merge_base=_choice("merge_base", folded, (AS_GIVEN, QUANTIZED_FROM)),
+        quantized_base=quantized_base or None,
+        **options,
     )
 
 
@@ -123,19 +156,34 @@ def _memory(value: int | str) -> int:
     return size
 
 
-def _gguf_types(method: str, gguf_type: str | Sequence[str] | None, keep_merged: bool) -> tuple[str, ...]:
+def _options(
+    name: str, method: str, implied: Mapping[str, str], given: Mapping[str, Any], merge_base: str
+) -> dict[str, Any]:
+    """Return the checked options that only some methods have, without those that were not given."""
+    found = {option: value for option, value in given.items() if value is not None}
+    folds = merge_base != AS_GIVEN
+    for option in found:
+        methods = ONLY_FOR.get(option, (method,))
+        if method not in methods and not (folds and option in ("quant_type", "double_quant", "blocksize")):
+            raise RequestError(f"{option} has no effect with save_method {method}, only with {' and '.join(methods)}")
+    for option, value in implied.items():
+        if found.setdefault(option, value) != value:
+            raise RequestError(f"save_method {name!r} means {option} {value}, but {option} is {found[option]!r}")
+    found["dtype"] = _choice("dtype", found.get("dtype", "auto"), DTYPES)
+    if method == "preserve" and found["dtype"] != "auto":
+        raise RequestError("dtype has no effect with save_method preserve, which keeps every tensor's own")
+    for option, valid in (("quant_type", QUANT_TYPES), ("quantizer", QUANTIZERS)):
+        if option in found:
+            found[option] = _choice(option, found[option], valid)
+    if found.get("blocksize", BLOCKSIZES[0]) not in BLOCKSIZES:
+        raise RequestError(f"blocksize is {found['blocksize']}, expected one of {', '.join(map(str, BLOCKSIZES))}")
+    if "skip_modules" in found:
+        found["skip_modules"] = tuple(found["skip_modules"])
     if method == "gguf":
-        return parse_quantization("q8_0" if gguf_type is None else gguf_type)
-    given = {"gguf_type": gguf_type is not None, "keep_merged": keep_merged}
-    for name in (name for name, is_given in given.items() if is_given):
-        raise RequestError(f"{name} has no effect with save_method {method}, only with gguf; leave it out")
-    return ()
+        found["gguf_types"] = parse_quantization(found.pop("gguf_type", "q8_0"))
+    return found
 
 
 def _choice(option: str, value: str, valid: Sequence[str]) -> str:
-    normal = re.sub(r"[\s-]+", "_", str(value).strip().lower())
-    if normal in valid:
-        return normal
-    close = get_close_matches(normal, valid, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise RequestError(f"{option} is {value!r}, expected one of {', '.join(valid)}{hint}")
+    by_normal = {normal_name(name): name for name in valid}
+    return by_normal[nearest_name(option, value, by_normal, shown=valid)]

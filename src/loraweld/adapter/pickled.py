@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 
 from loraweld.checkpoint.header import build_header
-from loraweld.errors import AdapterError
+from loraweld.checkpoint.pickled import load_tensors
+from loraweld.errors import AdapterError, CheckpointError
 
 _CODES = {
     torch.float64: "F64",
@@ -27,15 +27,9 @@ def convert_pickle(path: Path, target: Path) -> Path:
         AdapterError: not a pickle of plain tensors.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdapterError(
-            f"cannot be loaded safely (weights_only): {reason}; save the adapter again as safetensors",
-            path=path,
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise AdapterError("does not hold a mapping of names to tensors", path=path)
+        state = load_tensors(path, device="cpu")
+    except CheckpointError as error:
+        raise AdapterError(str(error), path=path) from None
     _write(state, path, target)
     return target
 

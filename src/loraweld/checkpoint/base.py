@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
 from loraweld.checkpoint.encodings.recognise import recognise
 from loraweld.checkpoint.jsonfile import read_json_object
-from loraweld.checkpoint.stored import SafetensorsFile, StoredTensor, read_safetensors
+from loraweld.checkpoint.stored import SafetensorsFile, StoredFile, StoredTensor, read_safetensors
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import CheckpointError, listing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+PICKLE_NAME = "pytorch_model.bin"
 CONFIG_NAME = "config.json"
 _CONFIG_TYPES: dict[str, type] = {
     "model_type": str,
@@ -41,7 +43,7 @@ class Base:
     folder: Path
     label: str
     commit: str | None
-    files: tuple[SafetensorsFile, ...]
+    files: tuple[StoredFile, ...]
     index: Mapping[str, Any] | None
     config: Mapping[str, Any]
     tensors: Mapping[str, Source] = field(repr=False)
@@ -59,6 +61,11 @@ class Base:
         return any(isinstance(tensor, EncodedTensor) for tensor in self.tensors.values())
 
     @property
+    def is_pickled(self) -> bool:
+        """Whether the weights lie in files of torch.save."""
+        return not all(isinstance(file, SafetensorsFile) for file in self.files)
+
+    @property
     def main_dtype(self) -> str:
         """The code of the float dtype that holds most of the bytes."""
         totals: dict[str, int] = {}
@@ -69,7 +76,9 @@ class Base:
 
 
 def open_base(folder: Path, *, label: str | None = None, commit: str | None = None) -> Base:
-    """Open the model in `folder`: `*.safetensors` (an index decides which, if there is one) and config.json.
+    """Open the model in `folder`: its weights (an index decides which, if there is one) and config.json.
+
+    Weights are `*.safetensors`, and pytorch_model.bin only where transformers finds no others.
 
     Raises:
         CheckpointError: no weights, a damaged file, an index that names a missing file or tensor or leaves
@@ -80,10 +89,11 @@ def open_base(folder: Path, *, label: str | None = None, commit: str | None = No
     config_path = folder / CONFIG_NAME
     config = read_json_object(config_path) if config_path.exists() else {}
     _check_config(config, config_path)
-    index_path = folder / INDEX_NAME
-    index = read_json_object(index_path) if index_path.exists() else None
+    index_path = _index_path(folder)
+    is_whole = (folder / SINGLE_NAME).exists()  # then transformers does not look at an index either
+    index = read_json_object(index_path) if index_path.exists() and not is_whole else None
     names = _indexed_files(index, index_path) if index is not None else _weight_files(folder)
-    files = tuple(read_safetensors(folder / name) for name in names)
+    files = _read_files(folder, names)
     stored = _by_name(files)
     if index is not None:
         _check_index(index["weight_map"], stored, index_path)
@@ -112,13 +122,39 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
             raise CheckpointError(f"{key} is {str(value)[:80]!r}, expected a JSON {kind.__name__}", path=path)
 
 
+def holds_pickles(folder: Path) -> bool:
+    """Return whether transformers takes the weights in `folder` from pytorch_model.bin or its shards."""
+    if any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+        return False
+    return any((folder / name).exists() for name in (PICKLE_NAME, PICKLE_INDEX_NAME))
+
+
+def _index_path(folder: Path) -> Path:
+    """Where the index would be; beside a whole pytorch_model.bin transformers does not look at one."""
+    is_sharded_pickle = holds_pickles(folder) and not (folder / PICKLE_NAME).exists()
+    return folder / (PICKLE_INDEX_NAME if is_sharded_pickle else INDEX_NAME)
+
+
+def _read_files(folder: Path, names: Sequence[str]) -> tuple[StoredFile, ...]:
+    if not holds_pickles(folder):
+        return tuple(read_safetensors(folder / name) for name in names)
+    from loraweld.checkpoint.pickled import read_pickled  # torch is imported only when it is needed
+
+    return tuple(read_pickled(folder / name) for name in names)
+
+
 def _weight_files(folder: Path) -> list[str]:
-    """File names as transformers finds them without an index: model.safetensors, else all there are."""
+    """File names as transformers finds them without an index; without its names, all safetensors there are."""
+    if holds_pickles(folder):
+        return [PICKLE_NAME]
     if (folder / SINGLE_NAME).exists():
         return [SINGLE_NAME]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
-        raise CheckpointError(f"holds no *.safetensors files; it has\n{_what_is_there(folder)}", path=folder)
+        raise CheckpointError(
+            f"holds neither *.safetensors nor {PICKLE_NAME} or {PICKLE_INDEX_NAME}; it has\n{_what_is_there(folder)}",
+            path=folder,
+        )
     if "adapter_model.safetensors" in names:
         raise CheckpointError("is an adapter, not a base model; give its base with --base", path=folder)
     return names
@@ -148,7 +184,7 @@ def _is_plain_name(name: str) -> bool:
     return PurePosixPath(name).name == name and not set(name) & set("\0\\:")
 
 
-def _by_name(files: Iterable[SafetensorsFile]) -> dict[str, StoredTensor]:
+def _by_name(files: Iterable[StoredFile]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in files:
         for tensor in file.tensors:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraweld.checkpoint.base import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
+from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.errors import CheckpointError
 
-# What a base needs: weights in safetensors and the small files beside them.
+# What a base needs: weights in safetensors and the small files beside them; pickles only where there are no others.
 _PATTERNS = [
     "*.safetensors",
     "*.json",
@@ -19,6 +23,7 @@ _PATTERNS = [
     "*.md",
     "LICENSE*",
 ]
+_PICKLES = [PICKLE_NAME, "pytorch_model-*.bin"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +49,33 @@ def locate_base(name: str, *, revision: str | None = None) -> Located:
     return _snapshot(name, revision)
 
 
+def locate_config(name: str, *, revision: str | None = None) -> Path:
+    """Return a folder with the config.json of `name`: itself if it is one, else the Hub's, without the weights.
+
+    Raises:
+        CheckpointError: neither a folder nor a model the Hub (or, offline, the cache) has.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    with _explained(name, revision):
+        return Path(_config(name, revision)).parent
+
+
 def _snapshot(repo_id: str, revision: str | None) -> Located:
+    with _explained(repo_id, revision):
+        folder = Path(_cached_or_downloaded(repo_id, revision))
+    return Located(folder=folder, label=repo_id, commit=folder.name)
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises into one message for the user."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        folder = Path(_cached_or_downloaded(repo_id, revision))
+        yield
     except HFValidationError:
         raise CheckpointError(
             f"base {repo_id!r} is neither a folder nor a valid Hub id; give its folder with --base"
@@ -62,7 +88,12 @@ def _snapshot(repo_id: str, revision: str | None) -> Located:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"base {repo_id!r}{at} cannot be downloaded: {reason}") from None
-    return Located(folder=folder, label=repo_id, commit=folder.name)
+
+
+def _config(repo_id: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return str(hf_hub_download(repo_id, "config.json", revision=revision))
 
 
 def _cached_or_downloaded(repo_id: str, revision: str | None) -> str:
@@ -72,8 +103,25 @@ def _cached_or_downloaded(repo_id: str, revision: str | None) -> str:
 
     try:
         found = snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS, local_files_only=True)
-        if any(Path(found).glob("*.safetensors")):
+        if _is_complete(Path(found)):
             return str(found)
     except LocalEntryNotFoundError:
         pass
-    return str(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+    found = snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS)
+    if not _holds(Path(found), SINGLE_NAME, INDEX_NAME):
+        found = snapshot_download(repo_id, revision=revision, allow_patterns=_PICKLES)
+    return str(found)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a download was not interrupted: there are weights, and all files that their index names."""
+    index = INDEX_NAME if _holds(folder, "*.safetensors", INDEX_NAME) else PICKLE_INDEX_NAME
+    if not _holds(folder, index) or _holds(folder, SINGLE_NAME, PICKLE_NAME):
+        return _holds(folder, "*.safetensors", *_PICKLES)
+    weight_map = read_json_object(folder / index).get("weight_map")
+    named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    return all((folder / name).exists() for name in named)
+
+
+def _holds(folder: Path, *patterns: str) -> bool:
+    return any(path for pattern in patterns for path in folder.glob(pattern))

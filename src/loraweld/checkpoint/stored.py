@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from loraweld.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
 from loraweld.dtypes import num_bytes
 from loraweld.errors import CheckpointError
+
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,16 @@ class StoredTensor:
     def num_bytes(self) -> int:
         return num_bytes(self.dtype, math.prod(self.shape))
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.num_bytes
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """All but the name: equal for two names of the same values, as pickles have them."""
+        return self.path, self.offset, self.dtype, self.shape
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsFile:
@@ -47,6 +61,32 @@ class SafetensorsFile:
     file_bytes: int
     tensors: tuple[StoredTensor, ...]
 
+    @property
+    def description(self) -> bytes:
+        """What the file says of its tensors, as it says it."""
+        return self.header.raw
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.header.metadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PickledFile:
+    """One file of torch.save; `description` is the pickle in it, which names and places its tensors."""
+
+    path: Path
+    file_bytes: int
+    tensors: tuple[StoredTensor, ...]
+    description: bytes = field(repr=False)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return {}
+
+
+StoredFile = SafetensorsFile | PickledFile
+
 
 def read_safetensors(path: Path) -> SafetensorsFile:
     """Read the header of `path`.
@@ -56,17 +96,27 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     """
     try:
         with path.open("rb") as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                raise CheckpointError("is not a regular file", path=path)
-            length = header_length(file.read(LENGTH_BYTES), info.st_size)
+            file_bytes = regular_file_bytes(file)
+            length = header_length(file.read(LENGTH_BYTES), file_bytes)
             file.seek(0)
-            header = parse_header(file.read(LENGTH_BYTES + length), info.st_size)
+            header = parse_header(file.read(LENGTH_BYTES + length), file_bytes)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
     except CheckpointError as error:
         raise error if error.path else CheckpointError(str(error), path=path) from None
-    return SafetensorsFile(path=path, header=header, file_bytes=info.st_size, tensors=tuple(_tensors(path, header)))
+    return SafetensorsFile(path=path, header=header, file_bytes=file_bytes, tensors=tuple(_tensors(path, header)))
+
+
+def regular_file_bytes(file: BinaryIO) -> int:
+    """Return the size of an open file.
+
+    Raises:
+        CheckpointError: a pipe, a device: nothing that can be read at any place.
+    """
+    info = os.fstat(file.fileno())
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointError("is not a regular file")
+    return info.st_size
 
 
 def _tensors(path: Path, header: Header) -> list[StoredTensor]:
@@ -94,3 +144,21 @@ def read_bytes(tensor: StoredTensor) -> bytes:
             return file.read(tensor.num_bytes)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", path=tensor.path) from None
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return whether two tensors of one dtype and shape hold the same bytes; reads them up to the first difference.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with one.path.open("rb") as left, other.path.open("rb") as right:
+            left.seek(one.offset)
+            right.seek(other.offset)
+            sizes = (min(_PIECE_BYTES, one.num_bytes - done) for done in range(0, one.num_bytes, _PIECE_BYTES))
+            return all(left.read(size) == right.read(size) for size in sizes)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", path=one.path) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import torch
 
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.decoder import Decoder, Rows, open_decoder
+from loraweld.compute.codecs.requantised import Difference, RequantisedDecoder
 from loraweld.compute.kernels import Ints, Kernel, Span, make_kernel
 from loraweld.compute.rounding import NONE, Rounder, round_exact
 from loraweld.compute.tensors import as_tensor, item_size, torch_dtype
@@ -23,10 +24,23 @@ from loraweld.planning.merge_plan import Recipe
 
 @dataclass(slots=True)
 class Outcome:
-    """What a whole run came to: whether any delta was there, and whether any output differs from its base."""
+    """What a whole run came to: whether any delta was there, whether any output differs from its base.
+
+    `differences`: how far the weights that were taken to their 4-bit form are from the given ones.
+    """
 
     had_delta: bool = False
     any_change: bool = False
+    differences: list[Difference] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Edited rows in float32, the stored rows they come from, and a bound of the error float32 has left."""
+
+    values_nC: torch.Tensor
+    base_nC: torch.Tensor
+    error: float
 
 
 class Scratch:
@@ -52,11 +66,11 @@ class Scratch:
 class TensorEditor:
     """Computes rows of one recipe; serves all threads. The first that needs its kernels makes them."""
 
-    def __init__(self, recipe: Recipe, reader: Reader, outcome: Outcome) -> None:
+    def __init__(self, recipe: Recipe, reader: Reader, outcome: Outcome, *, unit_rows: int = 1) -> None:
         self.recipe = recipe
         self._reader = reader
         self.outcome = outcome
-        self.grid = TileGrid(recipe.rows, recipe.source.cols)
+        self.grid = TileGrid(recipe.rows, recipe.source.cols, unit_rows)
         self.item_bytes = item_size(recipe.dtype)
         self.row_bytes = recipe.source.cols * self.item_bytes
         self._lock = threading.Lock()
@@ -75,7 +89,10 @@ class TensorEditor:
             if self._parts is None:
                 source = self.recipe.source
                 kernels = [make_kernel(edit, source, self._reader) for edit in self.recipe.edits]
-                self._parts = open_decoder(source, self._reader), kernels
+                decoder = open_decoder(source, self._reader)
+                if isinstance(decoder, RequantisedDecoder):
+                    self.outcome.differences.append(decoder.difference)
+                self._parts = decoder, kernels
             return self._parts
 
 
@@ -102,11 +119,10 @@ class EditSession:
         self._positions: list[Ints] = []
         self._bases: list[torch.Tensor] = []
 
-    def compute(self, top: int, bottom: int, out: memoryview) -> None:
-        """Write the output bytes of rows [top, bottom), one of `tiles`, to `out`.
+    def edited(self, top: int, bottom: int) -> Tile:
+        """Return rows [top, bottom), one of `tiles`, before any rounding; valid until the next call.
 
         Raises:
-            NumericsError: a result does not exist in the output dtype; names the tensor.
             CheckpointError: the source cannot be read.
         """
         base_nC = self._base.read(top, max(top, min(bottom, self._source_rows)))
@@ -119,12 +135,22 @@ class EditSession:
         error = 0.0
         for span in self._spans:
             error = span.apply(tile_nC, base_nC, top, error)
+        return Tile(tile_nC, base_nC, error)
+
+    def compute(self, top: int, bottom: int, out: memoryview) -> None:
+        """Write the output bytes of rows [top, bottom), one of `tiles`, to `out`.
+
+        Raises:
+            NumericsError: a result does not exist in the output dtype; names the tensor.
+            CheckpointError: the source cannot be read.
+        """
+        tile = self.edited(top, bottom)
         out_nC = as_tensor(out, self._recipe.dtype, (bottom - top, self._cols))
-        with self._named(f"rows {top} to {bottom - 1}"):
-            doubtful = self._rounder.round(tile_nC, out_nC, error)
+        with self.named(f"rows {top} to {bottom - 1}"):
+            doubtful = self._rounder.round(tile.values_nC, out_nC, tile.error)
         if len(doubtful):
-            self._remember(doubtful, base_nC, top)
-        self._note(out_nC, base_nC, error)
+            self._remember(doubtful, tile.base_nC, top)
+        self.note(out_nC, tile)
 
     def repairs(self) -> tuple[Ints, npt.NDArray[np.uint8]]:
         """Return the elements in doubt: positions in the whole tensor, and the bytes they should have, one row each.
@@ -137,7 +163,7 @@ class EditSession:
         rows, cols = np.divmod(flat, self._cols)
         for span in self._spans:
             values = span.exact(values, rows, cols)
-        with self._named("elements in doubt"):
+        with self.named("elements in doubt"):
             rounded = round_exact(values, self._rounder.dtype)
         return flat, rounded.view(torch.uint8).numpy().reshape(len(flat), -1)
 
@@ -150,15 +176,17 @@ class EditSession:
         self._bases.append(base[torch.from_numpy(flat)])
 
     @contextmanager
-    def _named(self, where: str) -> Iterator[None]:
+    def named(self, where: str) -> Iterator[None]:
         try:
             yield
         except NumericsError as problem:
             raise NumericsError(f"tensor {self._recipe.name!r}, {where}: {problem}") from None
 
-    def _note(self, out_nC: torch.Tensor, base_nC: torch.Tensor, error: float) -> None:
+    def note(self, out_nC: torch.Tensor, tile: Tile) -> None:
+        """Note for the whole run whether there was a delta, and whether the output differs from the base."""
         outcome = self._outcome
-        outcome.had_delta |= error > 0
+        outcome.had_delta |= tile.error > 0
         if self._spans and not outcome.any_change:
+            base_nC = tile.base_nC
             same = out_nC.shape == base_nC.shape and torch.equal(out_nC, base_nC.to(out_nC.dtype))
             outcome.any_change |= not same

@@ -42,7 +42,7 @@ class Rounder:
         """
         out_nC.copy_(tile_nC)
         if self.dtype not in _MANTISSA_BITS:
-            _check_finite(out_nC)
+            check_finite(out_nC)
             return NONE
         bits_nC = out_nC.view(torch.int16).numpy()
         if bits_nC.size and _largest(bits_nC) >= _INFINITY[self.dtype]:
@@ -114,7 +114,12 @@ def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Int
     return np.flatnonzero(below != above)
 
 
-def _check_finite(out_nC: torch.Tensor) -> None:
+def check_finite(out_nC: torch.Tensor) -> None:
+    """Return if all values are finite.
+
+    Raises:
+        NumericsError: one is not.
+    """
     if out_nC.numel() and not bool(torch.isfinite(out_nC.sum())) and not bool(torch.isfinite(out_nC).all()):
         raise _not_finite(out_nC, out_nC.dtype)
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraweld.planning.memory import TILE_ELEMENTS
+from loraweld.planning.memory import tile_height
 
 
 @dataclass(frozen=True, slots=True)
 class TileGrid:
-    """Tiles of a matrix with `num_rows` rows and `num_cols` columns."""
+    """Tiles of a matrix with `num_rows` rows and `num_cols` columns, each from a multiple of `unit_rows` on."""
 
     num_rows: int
     num_cols: int
+    unit_rows: int = 1
 
     @property
     def height(self) -> int:
-        return max(2, TILE_ELEMENTS // max(1, self.num_cols))
+        return tile_height(self.num_cols, self.unit_rows)
 
     def tiles(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield (first row, row after the last) of each tile that overlaps rows [start, stop)."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import EditSession, Outcome, Scratch, TensorEditor
+from loraweld.compute.encoding import WeightEncoding
 from loraweld.compute.kernels import Ints
 from loraweld.errors import NumericsError
 from loraweld.execute.items import Item
@@ -30,6 +32,14 @@ class _Run:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The first `count` bytes of a buffer belong at `offset` of the output file."""
+
+    offset: int
+    count: int
+
+
 class Filler:
     """Makes the bytes of items; serves all threads. Editors of the last few tensors are kept."""
 
@@ -39,9 +49,40 @@ class Filler:
         self._editors: OrderedDict[str, TensorEditor] = OrderedDict()
         self._lock = Lock()
         self._outcome = Outcome()
+        self._measured: dict[str, Sequence[float]] = {}
 
-    def fill(self, item: Item, buffer: memoryview, scratch: Scratch) -> None:
-        """Write the bytes of `item` to the start of `buffer`.
+    def pieces(self, item: Item, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
+        """Yield the bytes of `item` in order, each time in the start of `buffer`."""
+        if item.encoded is not None:
+            yield from self._encode(item, item.encoded, buffer, scratch)
+        else:
+            self._fill(item, buffer, scratch)
+            yield Piece(item.start, item.end - item.start)
+
+    def measured(self, item: Item) -> Sequence[float]:
+        """Return the sums of the fidelity of a finished item, nothing if none was edited and encoded."""
+        return self._measured.pop(item.key, ())
+
+    def _encode(self, item: Item, recipe: Recipe, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
+        """Compute a weight, put it into its encoding and pack codes and scales one after the other."""
+        work = WeightEncoding(recipe, self._reader, self._outcome, scratch)
+        start, used = item.start, 0
+        for data in work.stream():
+            done = 0
+            while done < len(data):
+                count = min(len(data) - done, len(buffer) - used)
+                np.frombuffer(buffer, np.uint8)[used : used + count] = data[done : done + count]
+                done, used = done + count, used + count
+                if used == len(buffer):
+                    yield Piece(start, used)
+                    start, used = start + used, 0
+        yield Piece(start, used)
+        assert start + used == item.end, f"{recipe.name}: {start + used - item.start} bytes made"
+        if recipe.edits:
+            self._measured[item.key] = work.fidelity.sums
+
+    def _fill(self, item: Item, buffer: memoryview, scratch: Scratch) -> None:
+        """Write the bytes of a range of a file to the start of `buffer`.
 
         First what is kept as it is, in as few reads as possible, then the computed rows.
         """
@@ -54,6 +95,12 @@ class Filler:
             if not piece.recipe.keeps_bytes and piece.recipe.num_bytes:
                 _PieceWriter(self._editor(piece.recipe), piece.offset, item, buffer, scratch).write()
 
+    def base_difference(self) -> float | None:
+        """Return ‖dequant(quant(W)) - W‖ / ‖W‖ over all weights that were taken to their 4-bit form, None without."""
+        found = self._outcome.differences
+        weight = sum(one.squared_weight for one in found)
+        return math.sqrt(sum(one.squared_error for one in found) / weight) if weight else None
+
     def check_any_change(self) -> bool:
         """Return whether any edited tensor differs from its base; refuse if nothing is left of what was trained.
 
@@ -62,8 +109,8 @@ class Filler:
         """
         if self._outcome.had_delta and not self._outcome.any_change:
             raise NumericsError(
-                "every change of the adapter is smaller than the output dtype can hold: the result would be "
-                "the base. Give --dtype float32"
+                "every change of the adapter is smaller than the output can hold: the result would be the base. "
+                "Give --dtype float32, or --save-method merged_16bit if weights are encoded"
             )
         return self._outcome.any_change
 
@@ -130,7 +177,7 @@ def _runs(placed: list[PlacedPart], item: Item) -> Iterator[_Run]:
         if not piece.recipe.keeps_bytes:
             continue
         start, end = max(item.start, piece.offset), min(item.end, piece.end)
-        source = piece.recipe.kept
+        source = piece.kept
         offset = source.offset + start - piece.offset
         if run and (run.path, run.end, run.offset + run.end - run.start) == (source.path, start, offset):
             run = _Run(run.path, run.offset, run.start, end)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import Scratch
+from loraweld.compute.fidelity import Fidelity
 from loraweld.execute.fill import Filler
 from loraweld.execute.items import Item, work_items
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, WeightFile
@@ -25,24 +26,26 @@ from loraweld.sinks.system import aligned_buffer
 
 CHECKPOINT_BYTES = 256 << 20
 Progress = Callable[[int], None]
+# The items of a journal, by key, with what was measured while each was made.
+Measured = Mapping[str, Sequence[float]]
 
 
 class JournalLike(Protocol):
     """What a run needs of a journal: the items of an earlier run, and a way to note more."""
 
     @property
-    def done(self) -> frozenset[str]: ...
+    def done(self) -> Measured: ...
 
-    def append(self, keys: Iterable[str]) -> None: ...
+    def append(self, items: Measured) -> None: ...
 
 
 class Sink(Protocol):
-    """Where output goes: files of known size, written at block-aligned offsets in any order, then published."""
+    """Where output goes: files of known size, written in any order, then published; `aligned`: at block borders."""
 
     @property
     def journal(self) -> JournalLike: ...
 
-    def create(self, name: str, size: int) -> None: ...
+    def create(self, name: str, size: int, *, aligned: bool) -> None: ...
 
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None: ...
 
@@ -61,12 +64,15 @@ class Sink(Protocol):
 class RunResult:
     """Bytes of weights that this run made, and those it found finished by an earlier one.
 
-    `saw_no_change`: this run made everything, and no edit changed its tensor.
+    `saw_no_change`: this run made everything, and no edit changed its tensor. `fidelity`: by the names of the weights
+    that were edited and encoded. `base_difference`: of the 4-bit form folded onto, relative to the given weights.
     """
 
     made_bytes: int
     resumed_bytes: int
     saw_no_change: bool
+    fidelity: dict[str, Fidelity]
+    base_difference: float | None
 
 
 def run_plan(plan: MergePlan, sink: Sink, *, record: str | None, progress: Progress) -> RunResult:
@@ -96,6 +102,10 @@ def run_plan(plan: MergePlan, sink: Sink, *, record: str | None, progress: Progr
     return result
 
 
+class _Stopped(Exception):
+    """Another thread has failed: this item is not finished."""
+
+
 class _Run:
     def __init__(self, plan: MergePlan, sink: Sink, filler: Filler, progress: Progress) -> None:
         self._plan = plan
@@ -108,6 +118,7 @@ class _Run:
         self._computing = threading.Semaphore(os.cpu_count() or 1)
         self._files = _OpenFiles(plan, sink)
         self._checkpoint = _Checkpoint(sink)
+        self._measured: dict[str, Sequence[float]] = {}
 
     def weights(self) -> RunResult:
         done = [item for item in work_items(self._plan) if item.key in self._sink.journal.done]
@@ -116,11 +127,18 @@ class _Run:
         self._progress(resumed)
         for item in done:
             self._files.item_done(item)
+        self._measured = {item.key: self._sink.journal.done[item.key] for item in done}
         self._work(left)
         return RunResult(
             made_bytes=sum(item.end - item.start for item in left),
             resumed_bytes=resumed,
             saw_no_change=not done and not self._filler.check_any_change(),
+            fidelity={
+                item.encoded.name: Fidelity(*values)
+                for item in work_items(self._plan)
+                if item.encoded is not None and (values := self._measured.get(item.key))
+            },
+            base_difference=self._filler.base_difference(),
         )
 
     def _work(self, items: list[Item]) -> None:
@@ -141,13 +159,23 @@ class _Run:
             self._sink.copy(item.file.name, item.file.same_as)
         else:
             self._files.open(item.file)
-            buffer, scratch = self._memory()
-            with self._computing:
-                self._filler.fill(item, buffer, scratch)
-            self._sink.write_at(item.file.name, item.start, buffer, item.end - item.start)
-        self._checkpoint.add(item)
+            self._make(item)
+        self._measured[item.key] = self._filler.measured(item)
+        self._checkpoint.add(item, self._measured[item.key])
         self._files.item_done(item, finish=self._checkpoint.note_all)
         self._progress(item.end - item.start)
+
+    def _make(self, item: Item) -> None:
+        """Compute and write the pieces of an item, one after the other."""
+        buffer, scratch = self._memory()
+        pieces = self._filler.pieces(item, buffer, scratch)
+        while not self._stop.is_set():
+            with self._computing:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            self._sink.write_at(item.file.name, piece.offset, buffer, piece.count)
+        raise _Stopped
 
     def _memory(self) -> tuple[memoryview, Scratch]:
         """This thread's buffer and scratch, made once: fresh memory costs more than the arithmetic."""
@@ -171,7 +199,7 @@ class _OpenFiles:
     def open(self, file: WeightFile) -> None:
         with self._lock:
             if file.name not in self._open:
-                self._sink.create(file.name, file.num_bytes)
+                self._sink.create(file.name, file.num_bytes, aligned=not file.has_encoded)
                 self._open.add(file.name)
 
     def item_done(self, item: Item, finish: Callable[[], None] | None = None) -> None:
@@ -193,12 +221,12 @@ class _Checkpoint:
         self._sink = sink
         self._lock = threading.Lock()
         self._noting = threading.Lock()
-        self._pending: list[Item] = []
+        self._pending: list[tuple[Item, Sequence[float]]] = []
         self._bytes = 0
 
-    def add(self, item: Item) -> None:
+    def add(self, item: Item, measured: Sequence[float]) -> None:
         with self._lock:
-            self._pending.append(item)
+            self._pending.append((item, measured))
             self._bytes += item.end - item.start
             full = self._bytes >= CHECKPOINT_BYTES
         if full:
@@ -209,8 +237,8 @@ class _Checkpoint:
             with self._lock:
                 items, self._pending, self._bytes = self._pending, [], 0
             if items:
-                self._sink.make_durable({item.file.name for item in items if item.file.same_as is None})
-                self._sink.journal.append(item.key for item in items)
+                self._sink.make_durable({item.file.name for item, _ in items if item.file.same_as is None})
+                self._sink.journal.append({item.key: measured for item, measured in items})
 
 
 def _raise_first(finished: Iterable[Future[None]]) -> None:

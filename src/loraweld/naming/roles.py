@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 _EMBEDDING_ENDS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight")
-_HEAD_ENDS = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "decoder.weight")
-_HEAD_BIAS_ENDS = ("lm_head.bias", "predictions.bias", "predictions.decoder.bias", "lm_head.decoder.bias")
+_HEAD_ENDS = (
+    *("lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "decoder.weight"),
+    *("vocab_projector.weight", "generator_lm_head.weight"),
+)
+_HEAD_BIAS_ENDS = (
+    *("lm_head.bias", "predictions.bias", "predictions.decoder.bias", "lm_head.decoder.bias"),
+    *("vocab_projector.bias", "generator_lm_head.bias"),
+)
 _TASK_HEADS = frozenset({"score", "classifier", "qa_outputs"})
 
 

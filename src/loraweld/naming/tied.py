@@ -80,6 +80,11 @@ class Tie:
 
 def find_ties(stored: Collection[str], config: Mapping[str, Any]) -> tuple[Tie, ...]:
     """Return the ties of a base with the tensors `stored`, from its config and its architecture."""
+    return tuple(tie for tie in known_ties(stored, config) if tie.target not in stored)
+
+
+def known_ties(stored: Collection[str], config: Mapping[str, Any]) -> tuple[Tie, ...]:
+    """Return the ties that a model of this config has, whether their targets are stored or not."""
     if not is_tied(config):
         return ()
     head = _architecture(config)
@@ -92,7 +97,7 @@ def find_ties(stored: Collection[str], config: Mapping[str, Any]) -> tuple[Tie, 
             ties.append(Tie(f"{prefix}{side}.embed_tokens.weight", f"{prefix}shared.weight"))
     if head.endswith(_MASKED_HEADS):
         ties += _masked_head_ties(stored)
-    return tuple(tie for tie in ties if tie.target not in stored and tie.source in stored)
+    return tuple(tie for tie in ties if tie.source in stored)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
@@ -124,4 +129,7 @@ def _masked_head_ties(stored: Collection[str]) -> list[Tie]:
         if f"{head}.bias" in stored:
             ties += [Tie(f"{head}.decoder.weight", source) for source in words[:1]]
             ties.append(Tie(f"{head}.decoder.bias", f"{head}.bias", alias=True))
+    for head in ("vocab_projector", "generator_lm_head"):  # DistilBERT, ELECTRA: their bias is their own
+        if f"{head}.bias" in stored:
+            ties += [Tie(f"{head}.weight", source) for source in words[:1]]
     return ties

@@ -14,16 +14,24 @@ from loraweld.planning.claims import Claim, ClaimFinder
 from loraweld.planning.companions import companion_files, tokenizer_size
 from loraweld.planning.completeness import check_completeness
 from loraweld.planning.disk import free_bytes
+from loraweld.planning.encode import EncodedOutput, encode_output
 from loraweld.planning.facts import Facts
 from loraweld.planning.layout import SHARD_BYTES, index_file, keep_layout, repack
 from loraweld.planning.memory import plan_memory
-from loraweld.planning.merge_plan import MergePlan, ModuleLine, Recipe, WeightFile
+from loraweld.planning.merge_plan import MergePlan, ModuleLine, WeightFile
 from loraweld.planning.model_config import ConfigEdits, config_file
-from loraweld.planning.notes import adapter_notes, decoding_notes, left_out_notes, missing_layer_notes, tie_notes
+from loraweld.planning.notes import (
+    adapter_notes,
+    encoding_notes,
+    left_out_notes,
+    missing_layer_notes,
+    runtime_notes,
+    tie_notes,
+)
 from loraweld.planning.paths import check_output
 from loraweld.planning.recipes import make_recipes, output_dtype
 from loraweld.planning.task import Task, find_task, missing_layers
-from loraweld.planning.vocabulary import check_ties_known, grow_to_tokenizer, new_vocab_size
+from loraweld.planning.vocabulary import check_shared_known, check_ties_known, grow_to_tokenizer, new_vocab_size
 from loraweld.request import MergeRequest
 
 
@@ -38,13 +46,17 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     claims = _claims(facts)
     resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors)
     check_ties_known(base, resolved.changes)
+    check_shared_known(base, resolved.changes)
     tokenizers = _tokenizers(request, adapters)
     grown = grow_to_tokenizer(base, resolved.changes, _tokens_needed(tokenizers))
-    dtype, task = output_dtype(base, request.dtype), find_task(adapters, resolved.changes)
-    recipes = make_recipes(base, resolved.changes, facts.ties, dtype, drops_text_head=task is not None)
-    weights = _weights(base, recipes, request.max_shard_bytes)
-    config = config_file(base, _config_edits(facts, resolved, dtype, task))
-    companions, left_out = companion_files(base.folder, tokenizers, was_quantised=base.is_quantised)
+    dtype, task = output_dtype(base, request), find_task(adapters, resolved.changes)
+    plain = make_recipes(facts, resolved.changes, dtype, drops_text_head=task is not None)
+    output = encode_output(request, base, plain, facts.ties)
+    recipes = output.recipes
+    weights = _weights(request, base, output)
+    config = config_file(base, _config_edits(facts, resolved, dtype, task, output))
+    loses_form = base.is_quantised and not output.keeps_settings
+    companions, left_out = companion_files(base.folder, tokenizers, was_quantised=loses_form)
     memory = plan_memory(request, recipes)
     return MergePlan(
         base=base.label,
@@ -56,10 +68,12 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         small=(*config, *index_file(base, weights), *companions),
         modules=tuple(_line(claim) for claim in claims),
         notes=(
+            *facts.notes,
             *tie_notes(resolved.untied),
             *grown,
             *left_out_notes(base, left_out),
-            *decoding_notes(base),
+            *encoding_notes(recipes),
+            *runtime_notes(base, output.keeps_settings),
             *adapter_notes(adapters),
             *missing_layer_notes(missing_layers(adapters, base.model_type, [recipe.name for recipe in recipes])),
         ),
@@ -72,11 +86,15 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     )
 
 
-def _weights(base: Base, recipes: Sequence[Recipe], max_shard_bytes: int | None) -> tuple[WeightFile, ...]:
-    """Files as the base has them, unless another size was asked for; decoded weights do not fit the old ones."""
-    if max_shard_bytes or base.is_quantised:
-        return repack(base, recipes, max_shard_bytes or SHARD_BYTES)
-    return keep_layout(base, recipes)
+def _weights(request: MergeRequest, base: Base, output: EncodedOutput) -> tuple[WeightFile, ...]:
+    """Files as the base has them, unless another size was asked for, weights come in another form, or files do.
+
+    A pickle has no header to keep.
+    """
+    changes_form = output.settings is not None or (base.is_quantised and not output.keeps_settings)
+    if request.max_shard_bytes or changes_form or base.is_pickled:
+        return repack(base, output.recipes, request.max_shard_bytes or SHARD_BYTES)
+    return keep_layout(base, output.recipes)
 
 
 def _tokenizers(request: MergeRequest, adapters: Sequence[Adapter]) -> list[Path]:
@@ -84,10 +102,14 @@ def _tokenizers(request: MergeRequest, adapters: Sequence[Adapter]) -> list[Path
     return [request.tokenizer] if request.tokenizer else [adapter.folder for adapter in adapters]
 
 
-def _config_edits(facts: Facts, resolved: Resolved, dtype: str, task: Task | None) -> ConfigEdits:
+def _config_edits(
+    facts: Facts, resolved: Resolved, dtype: str, task: Task | None, output: EncodedOutput
+) -> ConfigEdits:
+    loses_form = facts.base.is_quantised and not output.keeps_settings
     return ConfigEdits(
-        dtype=dtype if facts.base.is_quantised or dtype != facts.base.main_dtype else None,
-        drop_quantization=facts.base.is_quantised,
+        dtype=dtype if loses_form or dtype != facts.base.main_dtype else None,
+        drop_quantization=loses_form,
+        quantization=output.settings,
         vocab_size=new_vocab_size(facts.base, resolved.changes),
         untie=any(is_output_embedding(tie.target) for tie in resolved.untied),
         task=task,

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraweld.adapter.files import Adapter, open_adapter
 from loraweld.checkpoint.base import Base, open_base
+from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.hub import locate_base
+from loraweld.checkpoint.stored import StoredTensor, same_bytes
 from loraweld.errors import RequestError, listing
-from loraweld.naming.tied import Tie, find_ties
-from loraweld.request import MergeRequest
+from loraweld.naming.tied import Tie, find_ties, known_ties
+from loraweld.planning.trained_base import requantised_base
+from loraweld.request import QUANTIZED_FROM, MergeRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """The base, the adapters, and which parameters of the base share a tensor."""
+    """The base, the adapters, and which parameters of the base share a tensor.
+
+    `twins` are those of the ties whose values are stored under both names: they stay so.
+    """
 
     base: Base
     adapters: tuple[Adapter, ...]
     ties: tuple[Tie, ...]
+    twins: tuple[Tie, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def gather_facts(request: MergeRequest) -> Facts:
@@ -31,8 +39,36 @@ def gather_facts(request: MergeRequest) -> Facts:
     adapters = tuple(open_adapter(path) for path in request.adapters)
     name, revision = (request.base, None) if request.base is not None else _named_base(adapters)
     located = locate_base(name, revision=revision)
-    base = open_base(located.folder, label=located.label, commit=located.commit)
-    return Facts(base=base, adapters=adapters, ties=find_ties(base.tensors, base.config))
+    base, twins = _stored_once(open_base(located.folder, label=located.label, commit=located.commit))
+    notes: tuple[str, ...] = ()
+    if request.merge_base == QUANTIZED_FROM:
+        base, note = requantised_base(request, base, adapters)
+        notes = (note,)
+    ties = find_ties(base.tensors, base.config)
+    return Facts(base=base, adapters=adapters, ties=ties, twins=twins, notes=notes)
+
+
+def _stored_once(base: Base) -> tuple[Base, tuple[Tie, ...]]:
+    """Leave out the second name of a tied parameter where both stand for the same values; return those stored twice.
+
+    Then the tie is seen, and what the adapter does to either side counts as in a base that stores it once. In a pickle
+    the two names share their bytes.
+    """
+    equal = [
+        tie
+        for tie in known_ties(base.tensors, base.config)
+        if tie.target in base.tensors and _is_equal(base.tensors[tie.target], base.tensors[tie.source])
+    ]
+    dropped = {tie.target for tie in equal}
+    tensors = {name: tensor for name, tensor in base.tensors.items() if name not in dropped}
+    twins = tuple(tie for tie in equal if base.stored[tie.target].place != base.stored[tie.source].place)
+    return replace(base, tensors=tensors), twins
+
+
+def _is_equal(one: Source, other: Source) -> bool:
+    if not (isinstance(one, StoredTensor) and isinstance(other, StoredTensor)):
+        return False
+    return one.place == other.place or same_bytes(one, other)
 
 
 def _named_base(adapters: Sequence[Adapter]) -> tuple[str, str | None]:

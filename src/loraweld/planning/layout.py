@@ -10,7 +10,7 @@ from loraweld.checkpoint.base import INDEX_NAME, SINGLE_NAME, Base
 from loraweld.checkpoint.encodings.encoded import CODES
 from loraweld.checkpoint.header import PAGE_BYTES, build_header
 from loraweld.checkpoint.jsonfile import dump_json
-from loraweld.checkpoint.stored import SafetensorsFile
+from loraweld.checkpoint.stored import SafetensorsFile, StoredFile
 from loraweld.planning.merge_plan import Part, PlacedPart, Recipe, SmallFile, WeightFile
 
 SHARD_BYTES = 5 * 10**9
@@ -27,8 +27,8 @@ class _Output:
 def keep_layout(base: Base, recipes: Sequence[Recipe]) -> tuple[WeightFile, ...]:
     """Files as the base has them: same names, same order; tensors the base does not have come last."""
     by_name = {output.part.name: output for recipe in recipes for output in _outputs(recipe)}
-    groups = [[by_name[t.name] for t in file.tensors if t.name in by_name] for file in base.files]
-    groups[-1] += [output for name, output in by_name.items() if name not in base.stored]
+    groups = [[o for t in file.tensors if t.name in by_name for o in _at(by_name[t.name])] for file in base.files]
+    groups[-1] += [output for output in by_name.values() if output.recipe.parts[0].name not in base.stored]
     return tuple(_like(file, group) for file, group in zip(base.files, groups, strict=True) if group)
 
 
@@ -42,7 +42,7 @@ def repack(base: Base, recipes: Sequence[Recipe], max_shard_bytes: int) -> tuple
             free = max_shard_bytes
         groups[-1] += _outputs(recipe)
         free -= recipe.num_bytes
-    metadata = {"format": "pt", **base.files[0].header.metadata}
+    metadata = {"format": "pt", **base.files[0].metadata}
     return tuple(
         _weight_file(_shard_name(number, len(groups)), group, metadata, align_to=0)
         for number, group in enumerate(groups, start=1)
@@ -77,15 +77,23 @@ def _outputs(recipe: Recipe) -> list[_Output]:
     return [_Output(recipe, part) for part in recipe.parts]
 
 
-def _like(file: SafetensorsFile, outputs: Sequence[_Output]) -> WeightFile:
+def _at(output: _Output) -> list[_Output]:
+    """What takes the place of a tensor of the base; the parts of a weight that is encoded anew stay together."""
+    if not output.recipe.is_encoded:
+        return [output]
+    return _outputs(output.recipe) if output.part.role == CODES else []
+
+
+def _like(file: StoredFile, outputs: Sequence[_Output]) -> WeightFile:
     """A file with the name, the metadata and the data alignment of `file`."""
+    assert isinstance(file, SafetensorsFile)
     header = file.header
     same_entries = [(o.part.name, o.part.dtype, o.part.shape) for o in outputs] == [
         (t.name, t.dtype, t.shape) for t in file.tensors
     ]
     if same_entries and "format" in header.metadata:
         placed = _place(outputs, header.data_start)
-        untouched = all(o.recipe.keeps_bytes and o.recipe.kept.path == file.path for o in outputs)
+        untouched = all(piece.recipe.keeps_bytes and piece.kept.path == file.path for piece in placed)
         return WeightFile(
             name=file.path.name, header=header.raw, placed=placed, same_as=file.path if untouched else None
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loraweld.adapter.edits import Dora, Edit, LowRank, Residual
-from loraweld.checkpoint.encodings.encoded import EncodedTensor
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor
 from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
@@ -79,9 +80,27 @@ def _side_bytes(edit: Edit, recipe: Recipe) -> int:
     return 4 * edit.rank * (cols + rows)
 
 
+def tile_height(num_cols: int, unit_rows: int = 1) -> int:
+    """Return the rows of a tile, a multiple of `unit_rows`."""
+    height = max(2, TILE_ELEMENTS // max(1, num_cols))
+    return max(unit_rows, height // unit_rows * unit_rows)
+
+
 def _tile_bytes(recipe: Recipe) -> int:
-    """Scratch of one step: float32 values, a second copy, and flags; three more copies where codes are unpacked."""
-    elements = max(TILE_ELEMENTS, 2 * recipe.source.cols)
-    if isinstance(recipe.source, EncodedTensor):
-        return 24 * elements + min(ITEM_BYTES, recipe.source.codes.num_bytes)
-    return 12 * elements
+    """Scratch of one step: float32 values, a second copy, and flags; more copies where codes are unpacked or made."""
+    unit = recipe.encoding.unit_rows(recipe.shape) if recipe.encoding and recipe.is_encoded else 1
+    elements = max(TILE_ELEMENTS, tile_height(recipe.source.cols, unit) * recipe.source.cols)
+    decoding = isinstance(recipe.source, EncodedTensor | RequantisedTensor)
+    codes = min(ITEM_BYTES, recipe.source.codes.num_bytes) if isinstance(recipe.source, EncodedTensor) else 0
+    # A weight that is quantised on the way has its block scales in memory, twice in float32.
+    scales = 2 * 4 * math.prod(recipe.shape) // 32 if isinstance(recipe.source, RequantisedTensor) else 0
+    return (12 + 12 * decoding + 16 * recipe.is_encoded) * elements + codes + scales + _held_bytes(recipe)
+
+
+def _held_bytes(recipe: Recipe) -> int:
+    """What an encoder holds until its weight is done: scales in float32, and codes that do not lie row by row."""
+    if not (recipe.encoding and recipe.is_encoded):
+        return 0
+    codes, *scales = recipe.parts
+    held = sum(8 * math.prod(part.shape) for part in scales)
+    return held if recipe.encoding.streams else held + codes.num_bytes

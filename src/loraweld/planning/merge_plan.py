@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.adapter.edits import Edit, LowRank
-from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, Source
+from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, RequantisedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import num_bytes
 
@@ -21,6 +21,8 @@ MERGED_FOLDER = "merged"
 
 
 def _key(tensor: Source) -> tuple[object, ...]:
+    if isinstance(tensor, RequantisedTensor):
+        return repr(tensor.encoding), *_key(tensor.plain)
     if isinstance(tensor, EncodedTensor):
         return tensor.name, tensor.dtype, tensor.shape, repr(tensor.encoding), *(_key(part) for _, part in tensor.parts)
     return tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.path.name
@@ -52,10 +54,12 @@ class Part:
 class Recipe:
     """How one output weight is made: the values of `source`, `edits` in order, rounded to `dtype`.
 
-    With an `encoding` the rounded values are stored in it, as `encoded_parts`; without, as they are.
+    With an `encoding` the values are stored in it, as `encoded_parts`, and `dtype` is what they decode to; without,
+    as they are. `searches`: the encoder looks for the block scales of least squared error.
 
-    `kind` is "copy" (the source's bytes), "convert" (another dtype), "decode" (of a quantised weight), "edit",
-    "replace" (the source is the adapter's tensor) or "new" (the base does not store it).
+    `kind` is "copy" (the source's bytes), "convert" (another dtype), "decode" (of a quantised weight), "requantise"
+    (a plain weight as a quantised model has it), "encode" (in another form), "edit", "replace" (the source is the
+    adapter's tensor) or "new" (the base does not store it).
     """
 
     name: str
@@ -66,6 +70,7 @@ class Recipe:
     kind: str
     encoding: Encoding | None = None
     encoded_parts: tuple[Part, ...] = ()
+    searches: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -92,10 +97,9 @@ class Recipe:
         return self.kind == "copy"
 
     @property
-    def kept(self) -> StoredTensor:
-        """The tensor whose bytes are kept."""
-        assert self.keeps_bytes and isinstance(self.source, StoredTensor)
-        return self.source
+    def is_encoded(self) -> bool:
+        """True if values are put into an encoding: one weight, codes and scales, is then one piece of work."""
+        return self.encoding is not None and not self.keeps_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,14 @@ class PlacedPart:
     def end(self) -> int:
         return self.offset + self.part.num_bytes
 
+    @property
+    def kept(self) -> StoredTensor:
+        """The tensor whose bytes are kept."""
+        assert self.recipe.keeps_bytes
+        source = self.recipe.source
+        assert not isinstance(source, RequantisedTensor)
+        return source.need(self.part.role) if isinstance(source, EncodedTensor) else source
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
@@ -119,6 +131,11 @@ class WeightFile:
     header: bytes
     placed: tuple[PlacedPart, ...]
     same_as: Path | None
+
+    @property
+    def has_encoded(self) -> bool:
+        """True if a weight of the file is encoded anew: its pieces do not begin on block borders."""
+        return any(placed.recipe.is_encoded for placed in self.placed)
 
     @property
     def num_bytes(self) -> int:
@@ -226,6 +243,11 @@ class MergePlan:
         return *self.export.files, *(replace(file, name=f"{MERGED_FOLDER}/{file.name}") for file in kept)
 
     @cached_property
+    def merged_bytes(self) -> int:
+        """Bytes of the merged model."""
+        return _total(self.merged_files)
+
+    @cached_property
     def bytes_written(self) -> int:
         """Bytes of the finished output, small files included."""
         return _total(self.files)
@@ -235,7 +257,7 @@ class MergePlan:
         """What the disk must hold at the same time while the output is made."""
         if self.export is None:
             return self.bytes_written
-        return _total(self.merged_files) + _total(self.export.files) + self.export.scratch_bytes
+        return self.merged_bytes + _total(self.export.files) + self.export.scratch_bytes
 
     @cached_property
     def bytes_read(self) -> int:
@@ -246,7 +268,7 @@ class MergePlan:
             for edit in recipe.edits
             for ref in edit.refs
         }
-        return sum(recipe.source.num_bytes for recipe in self.recipes) + sum(refs.values())
+        return sum(recipe.source.stored_bytes for recipe in self.recipes) + sum(refs.values())
 
     @cached_property
     def recipes_by_kind(self) -> Mapping[str, int]:
@@ -266,7 +288,7 @@ class MergePlan:
             digest.update(f"{file.name}\0".encode() + file.header)
             for placed in file.placed:
                 recipe = placed.recipe
-                digest.update(repr((_key(recipe.source), recipe.edits_key, recipe.encoding)).encode())
+                digest.update(repr((_key(recipe.source), recipe.edits_key, recipe.encoding, recipe.searches)).encode())
         for small in self.small:
             digest.update(repr((small.name, small.text)).encode())
         if self.export is not None:

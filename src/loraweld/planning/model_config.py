@@ -11,13 +11,12 @@ from typing import Any
 from loraweld.checkpoint.base import CONFIG_NAME, Base
 from loraweld.checkpoint.encodings.recognise import SETTINGS_KEYS
 from loraweld.checkpoint.jsonfile import dump_json
-from loraweld.dtypes import FLOAT_CODE_BY_NAME
+from loraweld.dtypes import NAME_BY_FLOAT_CODE
 from loraweld.naming.tied import flag_is_free
 from loraweld.planning.merge_plan import SmallFile
 from loraweld.planning.task import Task
 
 _CLASS_ENDING = re.compile(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
-_NAME_BY_CODE = {code: name for name, code in FLOAT_CODE_BY_NAME.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +25,7 @@ class ConfigEdits:
 
     dtype: str | None = None
     drop_quantization: bool = False
+    quantization: Mapping[str, Any] | None = None
     vocab_size: int | None = None
     untie: bool = False
     task: Task | None = None
@@ -47,6 +47,8 @@ def edited_config(config: Mapping[str, Any], edits: ConfigEdits) -> dict[str, An
         _set_dtype(result, edits.dtype)
     if edits.drop_quantization:
         _drop_quantization(result)
+    if edits.quantization is not None:
+        result[SETTINGS_KEYS[0]] = dict(edits.quantization)
     if edits.vocab_size is not None:
         for level in _text_levels(result):
             if "vocab_size" in level or level is not result:
@@ -70,7 +72,7 @@ def _text_levels(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _set_dtype(level: dict[str, Any], code: str) -> None:
     for key, value in level.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            level[key] = _NAME_BY_CODE[code]
+            level[key] = NAME_BY_FLOAT_CODE[code]
         elif isinstance(value, dict):
             _set_dtype(value, code)
 

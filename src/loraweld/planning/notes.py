@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from loraweld.adapter.files import Adapter
-from loraweld.checkpoint.base import INDEX_NAME, Base
-from loraweld.checkpoint.encodings.encoded import EncodedTensor
+from loraweld.checkpoint.base import INDEX_NAME, PICKLE_INDEX_NAME, Base
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.naming.tied import Tie
-from loraweld.planning.merge_plan import MergePlan
+from loraweld.planning.merge_plan import MergePlan, Recipe
 
 
 def tie_notes(untied: Sequence[Tie]) -> list[str]:
@@ -61,17 +61,41 @@ def no_change_notes(plan: MergePlan) -> list[str]:
     ]
 
 
-def decoding_notes(base: Base) -> list[str]:
-    """Say which encodings of the base were decoded, and what of its runtime was left out."""
-    kinds = Counter(tensor.encoding.kind for tensor in base.tensors.values() if isinstance(tensor, EncodedTensor))
-    notes = [f"{count} weights of the base were {kind}, now decoded" for kind, count in sorted(kinds.items())]
-    if base.aside:
-        notes.append(f"scales of the quantised runtime, not part of a plain model: {len(base.aside)} tensors left out")
-    return notes
+def base_difference_notes(difference: float | None) -> list[str]:
+    """Say how far the base that was folded onto is from the one that was given."""
+    return (
+        []
+        if difference is None
+        else [f"the 4-bit form differs from the given weights by {difference:.2%} of their norm"]
+    )
+
+
+def encoding_notes(recipes: Sequence[Recipe]) -> list[str]:
+    """Say which weights change the form in which they are stored."""
+    kinds = Counter(
+        (_kind(recipe.source), "plain" if recipe.encoding is None else recipe.encoding.kind)
+        for recipe in recipes
+        if not recipe.keeps_bytes
+    )
+    return [f"{count} weights: {old} → {new}" for (old, new), count in sorted(kinds.items()) if (old, new) != _PLAIN]
+
+
+_PLAIN = ("plain", "plain")
+
+
+def _kind(source: Source) -> str:
+    return source.encoding.kind if isinstance(source, EncodedTensor) else "plain"
+
+
+def runtime_notes(base: Base, keeps_form: bool) -> list[str]:
+    """Say what of a quantised runtime has no place in the output."""
+    if not base.aside or keeps_form:
+        return []
+    return [f"scales of the quantised runtime, not part of a plain model: {len(base.aside)} tensors left out"]
 
 
 def left_out_notes(base: Base, left_out: Sequence[str]) -> list[str]:
     """Say which files of the base's folder were not copied."""
-    read = {file.path.name for file in base.files} | {INDEX_NAME}
+    read = {file.path.name for file in base.files} | {PICKLE_INDEX_NAME if base.is_pickled else INDEX_NAME}
     skipped = [name for name in left_out if name not in read]
     return [f"not copied, other weights of the base: {', '.join(skipped)}"] if skipped else []

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from loraweld.adapter.edits import GrowRows
 from loraweld.checkpoint.base import Base
-from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.dtypes import FLOAT_CODE_BY_NAME
 from loraweld.errors import CheckpointError
-from loraweld.naming.tied import Tie
 from loraweld.planning.changes import Change
+from loraweld.planning.facts import Facts
 from loraweld.planning.merge_plan import Recipe
+from loraweld.request import MergeRequest
 
 # Heads of language models: a model that gets the head of another task has no place for them.
 _TEXT_HEADS = ("lm_head.", "embed_out.", "cls.", "proj_out.")
 
 
-def output_dtype(base: Base, requested: str) -> str:
+def output_dtype(base: Base, request: MergeRequest) -> str:
     """Return the code in which the base's main weights are written: its own 16-bit type, else bfloat16."""
-    if requested != "auto":
-        return FLOAT_CODE_BY_NAME[requested]
-    return base.main_dtype if base.main_dtype in ("BF16", "F16") else "BF16"
+    if request.dtype != "auto":
+        return FLOAT_CODE_BY_NAME[request.dtype]
+    return base.main_dtype if base.main_dtype in ("BF16", "F16") or request.save_method == "preserve" else "BF16"
 
 
-def make_recipes(
-    base: Base, changes: Mapping[str, Change], ties: Sequence[Tie], dtype: str, *, drops_text_head: bool
-) -> list[Recipe]:
+def make_recipes(facts: Facts, changes: Mapping[str, Change], dtype: str, *, drops_text_head: bool) -> list[Recipe]:
     """Return the recipes of all output tensors: the base's in their order, then the new ones.
 
     `dtype` is for weights in the base's main dtype; the few kept in another one keep it.
     """
-    main = base.main_dtype
-    sources = {tie.target: base.tensors[tie.source] for tie in ties}
+    base, main = facts.base, facts.base.main_dtype
+    sources = {tie.target: base.tensors[tie.source] for tie in facts.ties}
     recipes = []
     for name, stored in base.tensors.items():
         if drops_text_head and name.startswith(_TEXT_HEADS) and name not in changes:
@@ -44,14 +44,22 @@ def make_recipes(
             source = sources.get(name)
             code = dtype if source is None or source.dtype == main else source.dtype
             recipes.append(_new_recipe(name, source, change, code))
-    return recipes
+    return [*recipes, *_twins(facts, recipes)]
+
+
+def _twins(facts: Facts, recipes: Sequence[Recipe]) -> Iterator[Recipe]:
+    """Write a tied parameter under both of its names, where the base does and the two are still one."""
+    by_name = {recipe.name: recipe for recipe in recipes}
+    for tie in facts.twins:
+        if tie.target not in by_name:
+            recipe = by_name[tie.source]
+            source = facts.base.stored[tie.target] if recipe.keeps_bytes else recipe.source
+            yield replace(recipe, name=tie.target, source=source)
 
 
 def _recipe(name: str, stored: Source, change: Change | None, dtype: str) -> Recipe:
     if change is None:
-        plain = "copy" if stored.dtype == dtype else "convert"
-        kind = "decode" if isinstance(stored, EncodedTensor) else plain
-        return Recipe(name=name, dtype=dtype, shape=stored.shape, source=stored, edits=(), kind=kind)
+        return Recipe(name=name, dtype=dtype, shape=stored.shape, source=stored, edits=(), kind=_kind(stored, dtype))
     source: Source = change.replacement or stored
     return Recipe(
         name=name,
@@ -61,6 +69,16 @@ def _recipe(name: str, stored: Source, change: Change | None, dtype: str) -> Rec
         edits=tuple(change.edits),
         kind="edit" if change.edits else "replace",
     )
+
+
+def _kind(stored: Source, dtype: str) -> str:
+    match stored:
+        case EncodedTensor():
+            return "decode"
+        case RequantisedTensor():
+            return "requantise"
+        case _:
+            return "copy" if stored.dtype == dtype else "convert"
 
 
 def _new_recipe(name: str, source: Source | None, change: Change, dtype: str) -> Recipe:

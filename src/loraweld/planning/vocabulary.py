@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from loraweld.adapter.edits import Dora, GrowRows, LowRank
 from loraweld.checkpoint.base import Base
-from loraweld.errors import MatchError
+from loraweld.checkpoint.stored import StoredTensor
+from loraweld.errors import MatchError, listing
 from loraweld.naming.roles import has_row_per_token, is_embedding, is_head_bias, is_output_embedding
+from loraweld.naming.tied import is_tied
 from loraweld.planning.changes import Change
 
 
@@ -43,6 +45,24 @@ def check_ties_known(base: Base, changes: Mapping[str, Change]) -> None:
         raise MatchError(
             f"{changed[0]!r} changes, the base has no output embedding and {base.folder} has no config.json to say "
             "whether the two are tied; put the model's config.json there"
+        )
+
+
+def check_shared_known(base: Base, changes: Mapping[str, Change]) -> None:
+    """Two names may stand for the same values of a pickle; where no known tie says so, the model's class decides.
+
+    Raises:
+        MatchError: one of them changes, in a model whose config does not say that nothing is tied.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in base.tensors.items():
+        if isinstance(tensor, StoredTensor) and tensor.num_bytes:
+            groups.setdefault(tensor.place, []).append(name)
+    shared = [" = ".join(names) for names in groups.values() if len(names) > 1 and not changes.keys().isdisjoint(names)]
+    if shared and (is_tied(base.config) or not base.config):
+        raise MatchError(
+            f"tensors change that {base.folder} holds under several names, and whether they are one parameter in "
+            f"{base.model_type or 'a model without config.json'} is not known; merge them with PEFT:\n{listing(shared)}"
         )
 
 

@@ -21,7 +21,7 @@ class ExistingSink:
         self._target = target
         self._expected: set[str] = set()
 
-    def create(self, name: str, size: int) -> None:
+    def create(self, name: str, size: int, *, aligned: bool = True) -> None:
         """Check that file `name` is there with `size` bytes."""
         self._expected.add(name)
         path = self._target / name

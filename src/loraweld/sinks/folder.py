@@ -53,17 +53,17 @@ class FolderSink:
         self._complete = complete
         self._descriptors: dict[str, int] = {}
 
-    def create(self, name: str, size: int) -> None:
+    def create(self, name: str, size: int, *, aligned: bool) -> None:
         """Open output file `name` with `size` bytes reserved; what an earlier run wrote stays.
 
         Raises:
             OSError: among others ENOSPC.
         """
         path = self._model / name
-        self._descriptors[name] = system.open_for_writing(path, size)
+        self._descriptors[name] = system.open_for_writing(path, size, direct=aligned)
 
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None:
-        """Write the first `count` bytes of an aligned buffer at a block-aligned offset."""
+        """Write the first `count` bytes of an aligned buffer; at a block-aligned offset if the file is `aligned`."""
         system.write_at(self._descriptors[name], buffer, offset, count)
 
     def copy(self, name: str, source: Path) -> None:
@@ -170,7 +170,7 @@ def open_folder_sink(
             output.mkdir()
             journal = Journal.begin(path, identity, output)
         (output / model_folder).mkdir(exist_ok=True)
-        journal.done = frozenset(key for key in journal.done if _is_there(output / model_folder, key))
+        journal.done = {k: v for k, v in journal.done.items() if _is_there(output / model_folder, k)}
         sink = kind(target, staging, journal, overwrite=overwrite, model_folder=model_folder, complete=complete)
         try:
             yield sink

@@ -1,7 +1,8 @@
 """The journal of a merge: which items are finished and durable, so that the same command continues.
 
 One line of JSON first: the merge's identity and the inode of the folder that holds its output. Whatever name that
-folder has by now, the journal speaks of it and of no other. Then one item per line. Lines are appended only after
+folder has by now, the journal speaks of it and of no other. Then one item per line, with what was measured while it
+was made. Lines are appended only after
 the bytes of their items are durable, so a line is never ahead of the data; a torn last line is ignored.
 """
 
@@ -9,15 +10,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+Measured = Mapping[str, Sequence[float]]
 
 
 class Journal:
     """Appends finished items; knows those of an earlier run of the same merge."""
 
-    def __init__(self, file: BinaryIO, done: frozenset[str]) -> None:
+    def __init__(self, file: BinaryIO, done: Measured) -> None:
         self.done = done
         self._file = file
 
@@ -28,7 +31,7 @@ class Journal:
         head = {"merge": identity, "folder": folder_number(model)}
         file.write(json.dumps(head).encode() + b"\n")
         _sync(file)
-        return cls(file, frozenset())
+        return cls(file, {})
 
     @classmethod
     def resume(cls, path: Path, identity: str, model: Path) -> Journal | None:
@@ -41,9 +44,9 @@ class Journal:
         file.seek(size)
         return cls(file, done)
 
-    def append(self, keys: Iterable[str]) -> None:
+    def append(self, items: Measured) -> None:
         """Note items whose bytes are durable; returns when the note is."""
-        self._file.write(b"".join(json.dumps(key).encode() + b"\n" for key in keys))
+        self._file.write(b"".join(json.dumps(item).encode() + b"\n" for item in items.items()))
         _sync(self._file)
 
     def close(self) -> None:
@@ -55,18 +58,19 @@ def folder_number(folder: Path) -> int:
     return folder.stat().st_ino if folder.is_dir() else 0
 
 
-def read_journal(path: Path) -> tuple[object, frozenset[str], int]:
+def read_journal(path: Path) -> tuple[object, Measured, int]:
     """Return (first line, finished items, bytes of whole lines); the first line is None without a journal."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return None, frozenset(), 0
+        return None, {}, 0
     whole = data[: data.rfind(b"\n") + 1]
     try:
         head, *items = [json.loads(line) for line in whole.splitlines()]
-    except ValueError:
-        return None, frozenset(), 0
-    return head, frozenset(str(item) for item in items), len(whole)
+        done = {str(key): [float(value) for value in values] for key, values in items}
+    except (ValueError, TypeError):
+        return None, {}, 0
+    return head, done, len(whole)
 
 
 def _sync(file: BinaryIO) -> None:
@@ -77,7 +81,8 @@ def _sync(file: BinaryIO) -> None:
 class NoJournal:
     """The journal of a run that writes nothing."""
 
-    done: frozenset[str] = frozenset()
+    def __init__(self) -> None:
+        self.done: Measured = {}
 
-    def append(self, keys: Iterable[str]) -> None:
+    def append(self, items: Measured) -> None:
         """Note nothing."""

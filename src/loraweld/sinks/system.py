@@ -39,8 +39,8 @@ def aligned_buffer(size: int) -> mmap.mmap:
     return mmap.mmap(-1, max(BLOCK_BYTES, _round_up(size)))
 
 
-def open_for_writing(path: Path, size: int) -> int:
-    """Open or create `path` with `size` bytes reserved on disk; return a descriptor, direct where possible.
+def open_for_writing(path: Path, size: int, *, direct: bool = True) -> int:
+    """Open or create `path` with `size` bytes reserved on disk; return a descriptor, direct where possible and wanted.
 
     Raises:
         OSError: among others ENOSPC, before anything is written.
@@ -52,20 +52,21 @@ def open_for_writing(path: Path, size: int) -> int:
     except BaseException:
         os.close(descriptor)
         raise
-    if hasattr(os, "O_DIRECT"):
+    if direct and hasattr(os, "O_DIRECT"):
         try:
-            direct = os.open(path, os.O_RDWR | os.O_DIRECT)
+            unbuffered = os.open(path, os.O_RDWR | os.O_DIRECT)
         except OSError:
             return descriptor  # the file system has no direct writes (tmpfs before Linux 6.6, some FUSE)
         os.close(descriptor)
-        return direct
+        return unbuffered
     return descriptor
 
 
 def write_at(descriptor: int, buffer: memoryview, offset: int, count: int) -> None:
-    """Write the first `count` bytes of an aligned `buffer` at `offset`, itself a multiple of the block size.
+    """Write the first `count` bytes of `buffer` at `offset`.
 
-    With a direct descriptor a last partial block is written whole; `finish` cuts the file to its size.
+    A direct descriptor needs an aligned buffer and an offset that is a multiple of the block size; then a last
+    partial block is written whole, and `finish` cuts the file to its size.
     """
     direct = hasattr(os, "O_DIRECT") and _is_direct(descriptor)
     end = min(_round_up(count), len(buffer)) if direct else count

@@ -18,6 +18,21 @@ from loraweld.dtypes import FLOAT_CODE_BY_NAME
 from loraweld.errors import CheckpointError
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+# Values of the codes 0 to 15: quantiles of the normal distribution, and floats with two bits of exponent and one of
+# mantissa over their largest. Source: `get_4bit_type` of bitsandbytes 0.50.2; arXiv:2305.14314, appendix E.
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        *(0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12),
+        *(-0.0, -0.0625 / 12, -8 / 12, -1.0, -4 / 12, -6 / 12, -2 / 12, -3 / 12),
+    ),
+}
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _MAX_STATE_BYTES, _MAX_DIMENSIONS = 4096, 8
 _STORAGE = ("U8", "I8", "BF16", "F16", "F32", "F64", "I16", "I32", "I64", "U16", "U32", "U64")
@@ -32,10 +47,15 @@ class Bnb4:
     nested_blocksize: int
     state_bytes: int
     nested_offset: float = 0.0
+    streams: bool = True
 
     @property
     def kind(self) -> str:
         return f"bitsandbytes {self.quant_type}"
+
+    def unit_rows(self, shape: tuple[int, ...]) -> int:
+        """Blocks run on over the ends of rows."""
+        return self.blocksize // math.gcd(self.blocksize, shape[-1])
 
     def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
         count = math.prod(shape)
@@ -57,6 +77,11 @@ class Bnb4:
                 name=f"{name}.quant_state.bitsandbytes__{self.quant_type}", dtypes=("U8",), shape=(self.state_bytes,)
             ),
         }
+
+
+def state_bytes(shape: tuple[int, ...]) -> int:
+    """Return room for the JSON of any state of a weight of this shape."""
+    return 240 + 16 * len(shape)
 
 
 def find(tensors: Mapping[str, StoredTensor]) -> Iterator[EncodedTensor]:

@@ -35,8 +35,15 @@ class Encoding(Protocol):
     def kind(self) -> str:
         """The encoding's name in messages and reports."""
 
+    @property
+    def streams(self) -> bool:
+        """Whether the codes of one row after the other lie one after the other."""
+
     def layout(self, name: str, shape: tuple[int, ...]) -> Mapping[str, PartLayout]:
         """Return the parts by role of a weight `name` with decoded `shape`; the codes come first."""
+
+    def unit_rows(self, shape: tuple[int, ...]) -> int:
+        """Return the number of rows whose codes share a byte or a scale: they are encoded together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +72,11 @@ class EncodedTensor:
         return num_bytes(self.dtype, math.prod(self.shape))
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes in the files, of codes and scales."""
+        return sum(part.num_bytes for _, part in self.parts)
+
+    @property
     def codes(self) -> StoredTensor:
         """The part that holds the codes; the weight has its place in the file."""
         return self.parts[0][1]
@@ -80,7 +92,43 @@ class EncodedTensor:
         return tensor
 
 
-Source = StoredTensor | EncodedTensor
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequantisedTensor:
+    """A plain weight as a model that holds it in an encoding computes with it: quantised and decoded again."""
+
+    plain: StoredTensor
+    encoding: Encoding
+
+    @property
+    def name(self) -> str:
+        return self.plain.name
+
+    @property
+    def dtype(self) -> str:
+        return self.plain.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.plain.shape
+
+    @property
+    def rows(self) -> int:
+        return self.plain.rows
+
+    @property
+    def cols(self) -> int:
+        return self.plain.cols
+
+    @property
+    def num_bytes(self) -> int:
+        return self.plain.num_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.plain.num_bytes
+
+
+Source = StoredTensor | EncodedTensor | RequantisedTensor
 
 
 def encoded(

@@ -46,10 +46,14 @@ class Packed:
     reordered: bool
     scale_shape: tuple[int, ...]
     zero_packed: bool
+    streams: bool = True
 
     @property
     def kind(self) -> str:
         return f"compressed-tensors int{self.bits}"
+
+    def unit_rows(self, shape: tuple[int, ...]) -> int:
+        return 1
 
     def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
         stem, (rows, cols) = name.removesuffix("weight"), shape
@@ -79,10 +83,14 @@ class Gptq:
     group: int
     zero_offset: int
     carries: bool = False
+    streams: bool = False
 
     @property
     def kind(self) -> str:
         return f"GPTQ {self.bits} bit"
+
+    def unit_rows(self, shape: tuple[int, ...]) -> int:
+        return 1
 
     def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
         stem, (outputs, inputs) = name.removesuffix("weight"), shape
@@ -101,6 +109,11 @@ class Awq:
 
     group: int
     kind: str = "AWQ"
+    streams: bool = False
+
+    def unit_rows(self, shape: tuple[int, ...]) -> int:
+        """Eight outputs share a word."""
+        return 8
 
     def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
         stem, (outputs, inputs) = name.removesuffix("weight"), shape

@@ -25,6 +25,11 @@ class MxFp4:
     """gpt-oss experts; decoded (experts, inputs, outputs)."""
 
     kind: str = "MXFP4"
+    streams: bool = True
+
+    def unit_rows(self, shape: tuple[int, ...]) -> int:
+        """Rows are inputs, codes lie by outputs: an expert at a time."""
+        return shape[1]
 
     def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
         experts, inputs, outputs = shape
@@ -44,6 +49,10 @@ class NvFp4:
     global_shape: tuple[int, ...]
     divides: bool
     kind: str = "NVFP4"
+    streams: bool = True
+
+    def unit_rows(self, shape: tuple[int, ...]) -> int:
+        return 1
 
     def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
         stem, (rows, cols) = name.removesuffix("weight"), shape

@@ -15,6 +15,7 @@ from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, PartLayo
 from loraweld.checkpoint.stored import StoredTensor, read_bytes
 from loraweld.errors import CheckpointError
 
+MAX_UNIT_ROWS = 256
 FP8 = ("F8_E4M3", "F8_E5M2")
 _FLOATS = ("F32", "BF16", "F16", "F8_E8M0")
 # Where the scales lie beside "….weight".
@@ -36,6 +37,12 @@ class Scaled:
     scale_shape: tuple[int, ...]
     factor: float = 1.0
     symmetric: bool = True
+    has_format: bool = False
+    streams: bool = True
+
+    def unit_rows(self, shape: tuple[int, ...]) -> int:
+        """A scale of very many rows is known before the first of them is encoded."""
+        return self.block[0] if self.block[0] <= MAX_UNIT_ROWS else 1
 
     def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
         stem = name.removesuffix("weight")
@@ -46,8 +53,36 @@ class Scaled:
             CODES: PartLayout(name=name, dtypes=self.code_dtypes, shape=shape),
             "scale": PartLayout(name=stem + self.scale_name, dtypes=self.scale_dtypes, shape=self.scale_shape),
             **({"zero": zero} if self.kind == "int8" else {}),
-            "format": PartLayout(name=f"{stem}weight_format", dtypes=("U8",), shape=(), required=False),
+            **(
+                {"format": PartLayout(name=f"{stem}weight_format", dtypes=("U8",), shape=())} if self.has_format else {}
+            ),
         }
+
+
+def llm_int8(shape: tuple[int, int], *, has_format: bool = True) -> Scaled:
+    """Return the encoding of LLM.int8; newer files say in a tensor of its own how the codes lie."""
+    return Scaled(
+        kind="LLM.int8",
+        code_dtypes=("I8",),
+        block=(1, max(1, shape[1])),
+        scale_name="SCB",
+        scale_dtypes=("F32",),
+        scale_shape=shape[:1],
+        factor=0.007874015718698502,  # float32(1/127)
+        has_format=has_format,
+    )
+
+
+def fp8_rows(shape: tuple[int, int]) -> Scaled:
+    """Return the encoding of compressed-tensors `float-quantized` with a scale a row."""
+    return Scaled(
+        kind="FP8",
+        code_dtypes=("F8_E4M3",),
+        block=(1, shape[1]),
+        scale_name="weight_scale",
+        scale_dtypes=("BF16", "F32", "F16", "F8_E8M0"),
+        scale_shape=(shape[0], 1),
+    )
 
 
 def find(
@@ -75,7 +110,8 @@ def find(
                 path=tensor.path,
             )
         if stem + "SCB" in tensors:
-            encoding = _int8(tensor)
+            rows, cols = tensor.shape
+            encoding = llm_int8((rows, cols), has_format=f"{stem}weight_format" in tensors)
         else:
             encoding = _by_scale(tensor, _scale(stem, tensor, tensors), blocks, symmetric)
         weight = encoded(name, dtype, tensor.shape, encoding, tensors)
@@ -87,18 +123,6 @@ def _check_format(stored: StoredTensor | None) -> None:
     """Old bitsandbytes also stored codes in the order of its kernels; 0 means row by row."""
     if stored is not None and read_bytes(stored) != b"\0":
         raise CheckpointError(f"tensor {stored.name!r} says that the codes do not lie row by row", path=stored.path)
-
-
-def _int8(codes: StoredTensor) -> Scaled:
-    return Scaled(
-        kind="LLM.int8",
-        code_dtypes=("I8",),
-        block=(1, max(1, codes.cols)),
-        scale_name="SCB",
-        scale_dtypes=("F32",),
-        scale_shape=codes.shape[:1],
-        factor=0.007874015718698502,  # float32(1/127)
-    )
 
 
 def _scale(stem: str, codes: StoredTensor, tensors: Mapping[str, StoredTensor]) -> StoredTensor:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from loraweld.checkpoint.encodings.bnb4 import Bnb4
-from loraweld.checkpoint.encodings.encoded import Source
+from loraweld.checkpoint.encodings.encoded import RequantisedTensor, Source
 from loraweld.checkpoint.encodings.grouped import Awq, Gptq, Packed
 from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
 from loraweld.checkpoint.encodings.scaled import Scaled
@@ -17,6 +17,7 @@ from loraweld.compute.codecs.bnb4 import Bnb4Decoder
 from loraweld.compute.codecs.grouped import AwqDecoder, GptqDecoder, PackedDecoder
 from loraweld.compute.codecs.microscaled import MxFp4Decoder, NvFp4Decoder
 from loraweld.compute.codecs.plain import PlainDecoder
+from loraweld.compute.codecs.requantised import RequantisedDecoder
 from loraweld.compute.codecs.scaled import ScaledDecoder
 
 
@@ -38,6 +39,8 @@ def open_decoder(source: Source, reader: Reader) -> Decoder:
     """Return the decoder of a weight; it reads what all rows share (codebooks, scales of the whole)."""
     if isinstance(source, StoredTensor):
         return PlainDecoder(source, reader)
+    if isinstance(source, RequantisedTensor):
+        return RequantisedDecoder(source, reader)
     match source.encoding:
         case Bnb4() as encoding:
             return Bnb4Decoder(source, encoding, reader)

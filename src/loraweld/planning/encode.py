@@ -1,0 +1,210 @@
+"""Which output weights are stored in an encoding, and in which; what the config then says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loraweld.checkpoint.base import Base
+from loraweld.checkpoint.encodings.bnb4 import NESTED_BLOCKSIZE, Bnb4, state_bytes
+from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding
+from loraweld.checkpoint.encodings.scaled import fp8_rows, llm_int8
+from loraweld.dtypes import NAME_BY_FLOAT_CODE
+from loraweld.errors import RequestError, listing
+from loraweld.naming.linear import is_expert, is_linear, is_named
+from loraweld.naming.tied import Tie
+from loraweld.planning.merge_plan import Part, Recipe
+from loraweld.request import MergeRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedOutput:
+    """Recipes with their encodings; `settings` is the output's quantization_config, None if it has none.
+
+    `keeps_settings`: it is the base's own.
+    """
+
+    recipes: list[Recipe]
+    settings: dict[str, Any] | None = None
+    keeps_settings: bool = False
+
+
+def encode_output(request: MergeRequest, base: Base, recipes: list[Recipe], ties: Sequence[Tie]) -> EncodedOutput:
+    """Give each recipe the encoding that the save method asks for.
+
+    Raises:
+        RequestError: there is nothing to encode, or a module to skip that is not there.
+    """
+    if request.save_method == "merged_16bit":
+        return EncodedOutput(recipes=recipes)
+    if request.save_method == "preserve":
+        kept = [_preserved(recipe, base, request) for recipe in recipes]
+        return EncodedOutput(recipes=[*kept, *_of_runtime(base)], keeps_settings=True)
+    chosen = [recipe for recipe in recipes if _is_chosen(recipe, request, base)]
+    if not chosen:
+        raise RequestError(
+            f"save_method {request.save_method} would encode nothing: no weight of the base is that of a linear "
+            f"layer{' that is not skipped' if request.skip_modules else ''}; give merged_16bit"
+        )
+    names = {recipe.name for recipe in chosen}
+    made = [_encoded(recipe, request) if recipe.name in names else recipe for recipe in recipes]
+    skipped = _skipped(request, recipes, names, ties)
+    return EncodedOutput(recipes=made, settings=_SETTINGS[request.save_method](request, chosen[0].dtype, skipped))
+
+
+def _is_chosen(recipe: Recipe, request: MergeRequest, base: Base) -> bool:
+    return (
+        recipe.dtype in ("BF16", "F16", "F32")
+        and is_linear(recipe.name, recipe.shape, base.model_type, base.tensors)
+        and (request.save_method == "merged_fp8" or not is_expert(recipe.name))
+        and not is_named(recipe.name, request.skip_modules)
+    )
+
+
+def _encoded(recipe: Recipe, request: MergeRequest) -> Recipe:
+    rows, cols = recipe.shape
+    encoding: Encoding
+    if request.save_method == "merged_4bit":
+        encoding = Bnb4(
+            quant_type=request.quant_type,
+            blocksize=request.blocksize,
+            nested_blocksize=NESTED_BLOCKSIZE if request.double_quant else 0,
+            state_bytes=state_bytes(recipe.shape),
+        )
+    else:
+        encoding = llm_int8((rows, cols)) if request.save_method == "merged_8bit" else fp8_rows((rows, cols))
+    return _with_encoding(recipe, encoding, request)
+
+
+def _preserved(recipe: Recipe, base: Base, request: MergeRequest) -> Recipe:
+    """A weight that the base stores in an encoding goes back to it."""
+    stored = base.tensors.get(recipe.name)
+    if not isinstance(stored, EncodedTensor):
+        return recipe
+    encoding = stored.encoding
+    if isinstance(encoding, Bnb4) and recipe.kind != "decode":
+        encoding = replace(encoding, state_bytes=state_bytes(stored.shape))
+    return _with_encoding(replace(recipe, dtype=stored.dtype), encoding, request)
+
+
+def _of_runtime(base: Base) -> list[Recipe]:
+    """The scales of activations and caches, as they are."""
+    return [
+        Recipe(name=name, dtype=stored.dtype, shape=stored.shape, source=stored, edits=(), kind="copy")
+        for name, stored in ((name, base.stored[name]) for name in base.aside)
+    ]
+
+
+def _with_encoding(recipe: Recipe, encoding: Encoding, request: MergeRequest) -> Recipe:
+    """Return the recipe with its parts; codes of the base that are in this encoding already are copied."""
+    source = recipe.source
+    is_same = isinstance(source, EncodedTensor) and _is_same(source.encoding, encoding) and source.dtype == recipe.dtype
+    if isinstance(source, EncodedTensor) and is_same and not recipe.edits:
+        parts = tuple(Part(role=role, name=t.name, dtype=t.dtype, shape=t.shape) for role, t in source.parts)
+        return replace(recipe, kind="copy", encoding=source.encoding, encoded_parts=parts)
+    kind = recipe.kind if recipe.kind in ("edit", "replace", "new") else "encode"
+    parts = _parts(recipe, encoding, source if isinstance(source, EncodedTensor) and is_same else None)
+    searches = isinstance(encoding, Bnb4) and request.quantizer == "mse"
+    return replace(recipe, kind=kind, encoding=encoding, encoded_parts=parts, searches=searches)
+
+
+def _is_same(one: Encoding, other: Encoding) -> bool:
+    if isinstance(one, Bnb4) and isinstance(other, Bnb4):
+        one, other = (replace(encoding, state_bytes=0, nested_offset=0.0) for encoding in (one, other))
+    return one == other
+
+
+def _parts(recipe: Recipe, encoding: Encoding, like: EncodedTensor | None) -> tuple[Part, ...]:
+    """The tensors of a weight, stored as those of `like` where they have its size."""
+    parts = []
+    for role, layout in encoding.layout(recipe.name, recipe.shape).items():
+        stored = like.part(role) if like else None
+        if stored is None and not layout.required:
+            continue
+        part = Part(role=role, name=layout.name, dtype=layout.dtypes[0], shape=layout.shape)
+        if (stored is not None and stored.num_bytes == part.num_bytes) or (stored is not None and role != "state"):
+            part = replace(part, dtype=stored.dtype, shape=stored.shape)
+        parts.append(part)
+    assert parts[0].role == CODES
+    return tuple(parts)
+
+
+def _skipped(request: MergeRequest, recipes: Sequence[Recipe], chosen: set[str], ties: Sequence[Tie]) -> list[str]:
+    """Return the modules with a matrix that stays plain, as few names as say it: the ends of their paths.
+
+    Raises:
+        RequestError: a module to skip that is not there.
+    """
+    plain = [r.name for r in recipes if r.name not in chosen and r.name.endswith(".weight") and len(r.shape) == 2]
+    modules = [_module(name) for name in [*plain, *(tie.target for tie in ties)]]
+    missing = [pattern for pattern in request.skip_modules if not any(is_named(m, [pattern]) for m in modules)]
+    if missing:
+        raise RequestError(f"skip_modules names what no module of the base ends or begins with:\n{listing(missing)}")
+    encoded = [_module(name) for name in chosen]
+    found: dict[str, None] = dict.fromkeys(request.skip_modules)
+    for module in modules:
+        if is_expert(f"{module}."):
+            end = _EXPERTS
+        else:
+            end = ".".join(module.split(".")[-2:] if "." in module and _has_number(module) else module.split(".")[-1:])
+        found[module if any(other.endswith(end) for other in encoded) else end] = None
+    return list(found)
+
+
+_EXPERTS = r".*\.experts"
+
+
+def _has_number(module: str) -> bool:
+    return any(part.isdigit() for part in module.split("."))
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _bitsandbytes(request: MergeRequest, dtype: str, skipped: list[str], **settings: Any) -> dict[str, Any]:
+    return {
+        "bnb_4bit_compute_dtype": NAME_BY_FLOAT_CODE[dtype],
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": request.quant_type,
+        "bnb_4bit_use_double_quant": request.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skipped,
+        "llm_int8_threshold": 6.0,
+        "quant_method": "bitsandbytes",
+        **settings,
+    }
+
+
+def _bnb4_settings(request: MergeRequest, dtype: str, skipped: list[str]) -> dict[str, Any]:
+    """Source: `BitsAndBytesConfig` of transformers 5.23."""
+    return _bitsandbytes(request, dtype, skipped, load_in_4bit=True, load_in_8bit=False)
+
+
+def _int8_settings(request: MergeRequest, dtype: str, skipped: list[str]) -> dict[str, Any]:
+    return _bitsandbytes(request, dtype, skipped, load_in_4bit=False, load_in_8bit=True)
+
+
+def _fp8_settings(request: MergeRequest, dtype: str, skipped: list[str]) -> dict[str, Any]:
+    """Weights with a scale for each output, activations quantised as they come. Source: compressed-tensors 0.20."""
+    codes = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**codes, "strategy": "channel", "dynamic": False},
+                "input_activations": {**codes, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": [name if name == _EXPERTS else f"re:.*{re.escape(name)}$" for name in skipped],
+    }
+
+
+_SETTINGS = {"merged_4bit": _bnb4_settings, "merged_8bit": _int8_settings, "merged_fp8": _fp8_settings}
