@@ -503,8 +503,16 @@ class Repository:
         else:
             for name in self.files:
                 if any(fnmatch(name, pattern) for pattern in allow_patterns):
-                    (self.folder / name).touch()
+                    (self.folder / name).write_text(self._content(name))
         return str(self.folder)
+
+    def _content(self, name: str) -> str:
+        """An index names the weight files of its own kind."""
+        if not name.endswith(".index.json"):
+            return ""
+        kind = Path(name.removesuffix(".index.json")).suffix
+        shards = [file for file in self.files if file.endswith(kind) and "-of-" in file]
+        return json.dumps({"weight_map": {str(number): file for number, file in enumerate(shards)}})
 
 
 SHARDS = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", BIN_INDEX]
@@ -529,9 +537,11 @@ def test_pickles_are_downloaded_only_where_there_are_no_safetensors(
     monkeypatch.setattr("huggingface_hub.snapshot_download", repository.download)
     expected = {"config.json", *(fetched or ["model-00001-of-00001.safetensors", INDEX_NAME, BIN_INDEX])}
     (tmp_path / "snapshot" / "config.json").touch()
-    for _ in range(2):
+    for _ in range(3):
         assert locate_base("org/base").folder == tmp_path / "snapshot"
         assert {path.name for path in (tmp_path / "snapshot").iterdir()} == expected
+        for path in sorted((tmp_path / "snapshot").glob("*-00002-of-*"))[:1]:
+            path.unlink()  # a download that was interrupted after its first weight file: the next run goes on
 
 
 def test_a_model_is_not_imported_with_torch_unless_it_is_a_pickle(tmp_path: Path) -> None:

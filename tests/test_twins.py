@@ -78,7 +78,7 @@ def test_a_lora_on_one_side_takes_the_two_apart(tmp_path: Path, base: dict[str, 
 
 @pytest.mark.parametrize("family", ["distilbert", "electra"])
 def test_masked_heads_with_names_of_their_own(family: str, tmp_path: Path) -> None:
-    """DistilBERT's vocab_projector and ELECTRA's generator_lm_head share the embedding; a LoRA on it takes them apart."""
+    """DistilBERT's vocab_projector and ELECTRA's generator_lm_head share the embedding; a LoRA parts them."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForMaskedLM
 

@@ -80,11 +80,11 @@ def quantization_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def _decoded_dtype(config: Mapping[str, Any]) -> str:
-    """The model's own 16-bit type, where the stored parts do not say one."""
+    """The model's own dtype, where the stored parts do not say one."""
     for level in (config, config.get("text_config") or {}):
         for key in ("dtype", "torch_dtype"):
             code = FLOAT_CODE_BY_NAME.get(str(level.get(key)).removeprefix("torch."))
-            if code in ("BF16", "F16"):
+            if code in ("BF16", "F16", "F32"):
                 return code
     return "BF16"
 
