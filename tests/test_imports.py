@@ -17,8 +17,8 @@ from fakes import llama_shapes, random_factors, random_tensors, write_adapter, w
 
 SOURCE = Path(loraweld.__file__).parent
 WITHOUT_TORCH = (
-    *("checkpoint", "adapter", "naming", "planning", "sinks"),
-    *("request.py", "report.py", "record.py", "inspection.py", "progress.py", "api.py", "cli.py"),
+    *("checkpoint", "adapter", "naming", "planning", "sinks", "export"),
+    *("gguf_types.py", "request.py", "report.py", "record.py", "inspection.py", "progress.py", "api.py", "cli.py"),
 )
 WITH_TORCH = {SOURCE / "adapter" / "pickled.py", SOURCE / "checkpoint" / "pickled.py"}
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraweld.errors import LoraweldError, OutputError, RequestError
+from loraweld.export.pipeline import completion, plan_export
 from loraweld.planning.build import build_plan
 from loraweld.planning.facts import Facts, gather_facts
 from loraweld.planning.lora_output import plan_lora
@@ -17,8 +18,16 @@ from loraweld.planning.notes import base_difference_notes, no_change_notes
 from loraweld.record import record_text
 from loraweld.report import MergeReport, RunFacts, WeightFidelity, human_bytes, lost_change_notes
 from loraweld.request import AS_GIVEN, MergeRequest, PathLike, make_request
-from loraweld.sinks.existing import ExistingSink
-from loraweld.sinks.folder import TAKEN, discard_staging, finish_published, open_folder_sink, staging_folder
+from loraweld.sinks.existing import ExistingSink, RepeatedSink
+from loraweld.sinks.folder import (
+    TAKEN,
+    Complete,
+    FolderSink,
+    discard_staging,
+    finish_published,
+    open_folder_sink,
+    staging_folder,
+)
 
 Progress = Callable[[int], None]
 
@@ -52,6 +61,8 @@ def merge(
     blocksize: int | None = None,
     quantizer: str | None = None,
     skip_modules: Sequence[str] | None = None,
+    gguf_type: str | Sequence[str] | None = None,
+    keep_merged: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge one or more adapters into their base and write one standalone model to the folder `output`.
@@ -61,7 +72,8 @@ def merge(
         output: the folder that will hold the model; it appears when it is complete.
         base: a folder or a Hub id; None takes the one that the adapter's config names.
         save_method: "merged_16bit"; "merged_4bit" and "merged_8bit" (bitsandbytes), "merged_fp8" (compressed-tensors);
-            "preserve" for the encoding that the base has; "lora" for the adapter alone.
+            "preserve" for the encoding that the base has; "gguf" for .gguf files and a Modelfile; "lora" for the
+            adapter alone.
         dtype: of the weights the base stores in its main dtype: "auto" keeps a 16-bit type and writes
             bfloat16 for a float32 base; "bfloat16", "float16", "float32".
         max_shard_size: repack into files of at most this size ("5GB", or bytes); None keeps the base's files.
@@ -77,6 +89,8 @@ def merge(
         blocksize: weights that share a scale; None: 64.
         quantizer: "mse" for block scales of least squared error, "absmax" for those of bitsandbytes; None: "mse".
         skip_modules: modules that stay in 16 bit besides embeddings and head: ends or beginnings of their paths.
+        gguf_type: with "gguf", one or more of its types; None takes "q8_0".
+        keep_merged: with "gguf", keep the merged model too, in the folder "merged" of the output.
         progress: called from any thread with the number of weight bytes that became ready.
 
     Raises:
@@ -100,6 +114,8 @@ def merge(
         blocksize=blocksize,
         quantizer=quantizer,
         skip_modules=skip_modules,
+        gguf_type=gguf_type,
+        keep_merged=keep_merged,
     )
     return merge_request(request, progress=progress or (lambda count: None))
 
@@ -113,6 +129,8 @@ def plan_request(request: MergeRequest) -> tuple[MergePlan, Facts | None]:
     try:
         if request.save_method == "lora":
             return plan_lora(request), None
+        if request.save_method == "gguf":
+            return plan_export(request)
         facts = gather_facts(request)
         return build_plan(request, facts), facts
     except OSError as error:  # a name too long, a folder that may not be read
@@ -120,34 +138,55 @@ def plan_request(request: MergeRequest) -> tuple[MergePlan, Facts | None]:
 
 
 def merge_request(
-    request: MergeRequest, *, progress: Progress, on_plan: Callable[[MergePlan], None] | None = None
+    request: MergeRequest,
+    *,
+    progress: Progress,
+    on_plan: Callable[[MergePlan], None] | None = None,
+    on_export: Callable[[str], None] = lambda text: None,
 ) -> MergeReport:
-    """Plan, run and report; `on_plan` is called before the first byte is written."""
+    """Plan, run and report; `on_plan` is called before the first byte is written, `on_export` before a conversion."""
     started = time.monotonic()
     made, facts = plan_request(request)
     if on_plan:
         on_plan(made)
     record = record_text(made, facts) if facts else None
+    complete = completion(made, on_export)
     try:
-        return _fulfil(request, made, record, progress, started)
+        return _fulfil(request, made, record, progress=progress, complete=complete, started=started)
     except OSError as error:
         raise _output_error(error, request) from None
 
 
 def _fulfil(
-    request: MergeRequest, made: MergePlan, record: str | None, progress: Progress, started: float
+    request: MergeRequest,
+    made: MergePlan,
+    record: str | None,
+    *,
+    progress: Progress,
+    complete: Complete | None,
+    started: float,
 ) -> MergeReport:
     """Find the output finished, compare it, or write it."""
     identity = _identity(made, record)
     if finish_published(request.output, identity=identity):
-        return _report(made, RunFacts(resumed_bytes=made.bytes_written), started=started)
-    if _is_taken(request):
-        result = _compare(made, record, progress)
+        return _report(made, RunFacts(resumed_bytes=made.merged_bytes), started=started)
+    was_there = _is_taken(request)
+    if was_there:
+        _check_record(made, record)
+    if was_there and complete is None:
+        result = _run(made, ExistingSink(made.output), record, progress)
         discard_staging(request.output)
         return _report(made, result, started=started, was_there=True)
     _check_disk(made)
-    options = {"resume": request.resume, "overwrite": request.overwrite}
-    with open_folder_sink(request.output, identity=identity, **options) as sink:
+    with open_folder_sink(
+        request.output,
+        identity=identity,
+        resume=request.resume,
+        overwrite=request.overwrite,
+        model_folder=made.model_folder,
+        complete=complete,
+        kind=RepeatedSink if was_there else FolderSink,
+    ) as sink:
         try:
             result = _run(made, sink, record, progress)
         except OutputError:
@@ -155,7 +194,7 @@ def _fulfil(
         except LoraweldError:
             sink.clean_up()  # it would fail again: there is nothing to continue
             raise
-    return _report(made, result, started=started)
+    return _report(made, result, started=started, was_there=was_there)
 
 
 def _is_taken(request: MergeRequest) -> bool:
@@ -163,8 +202,8 @@ def _is_taken(request: MergeRequest) -> bool:
     return not request.overwrite and request.output.is_dir() and any(request.output.iterdir())
 
 
-def _compare(made: MergePlan, record: str | None, progress: Progress) -> RunFacts:
-    """An output that says it is the result of this merge is compared with it, byte for byte.
+def _check_record(made: MergePlan, record: str | None) -> None:
+    """An output that says it is the result of this merge will be compared with it, byte for byte.
 
     Raises:
         OutputError: it is something else.
@@ -172,7 +211,6 @@ def _compare(made: MergePlan, record: str | None, progress: Progress) -> RunFact
     path = made.output / RECORD_NAME
     if record is not None and (not path.is_file() or path.read_bytes() != record.encode()):
         raise OutputError(TAKEN, path=made.output)
-    return _run(made, ExistingSink(made.output), record, progress)
 
 
 def _run(made: MergePlan, sink: Any, record: str | None, progress: Progress) -> RunFacts:
@@ -193,11 +231,11 @@ def _check_disk(made: MergePlan) -> None:
     """Raises:
     OutputError: the disk cannot hold the output; nothing was written.
     """
-    staged = sum(file.stat().st_size for file in staging_folder(made.output).glob("model/*"))
-    if made.bytes_written > made.free_disk_bytes + staged:
+    staged = sum(file.stat().st_size for file in staging_folder(made.output).glob("model/**/*") if file.is_file())
+    if made.disk_bytes > made.free_disk_bytes + staged:
         raise OutputError(
             f"the disk has {human_bytes(made.free_disk_bytes)} free, the output takes "
-            f"{human_bytes(made.bytes_written)}; free some space or choose another output",
+            f"{human_bytes(made.disk_bytes)}; free some space or choose another output",
             path=made.output,
         )
 
@@ -221,18 +259,19 @@ def _output_error(error: OSError, request: MergeRequest) -> OutputError:
 
 
 def _report(made: MergePlan, facts: RunFacts, *, started: float, was_there: bool = False) -> MergeReport:
+    files = tuple(file.name for file in made.files)
     return MergeReport(
         output=made.output,
         base=made.base,
         adapters=made.adapters,
         save_method=made.save_method,
         dtype=made.dtype,
-        files=tuple([file.name for file in made.weights] + [file.name for file in made.small]),
+        files=files,
         recipes=dict(made.recipes_by_kind),
         modules=made.modules,
         notes=(*made.notes, *facts.notes, *lost_change_notes(facts.fidelity)),
         fidelity=facts.fidelity,
-        bytes_written=made.bytes_written,
+        bytes_written=sum((made.output / name).stat().st_size for name in files),
         resumed_bytes=facts.resumed_bytes,
         was_there=was_there,
         seconds=time.monotonic() - started,

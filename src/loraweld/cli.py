@@ -59,7 +59,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     quiet = arguments.quiet or arguments.json
     request = _request(arguments)
     with show_progress(quiet=quiet) as shown:
-        report = merge_request(request, progress=shown.advance, on_plan=shown.begin)
+        report = merge_request(request, progress=shown.advance, on_plan=shown.begin, on_export=shown.say)
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))
     elif not arguments.quiet:
@@ -90,7 +90,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
         name: getattr(arguments, name)
         for name in (
             *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
-            *("workers", "overwrite", "resume", "tokenizer"),
+            *("workers", "overwrite", "resume", "tokenizer", "gguf_type", "keep_merged"),
             *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
         )
     }
@@ -146,9 +146,11 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-method",
         default="merged_16bit",
         metavar="METHOD",
-        help=f"{', '.join(SAVE_METHODS)}; preserve goes back to the base's own encoding, lora is the adapter alone "
-        "(default: %(default)s)",
+        help=f"{', '.join(SAVE_METHODS)}; preserve goes back to the base's own encoding, gguf is for llama.cpp, "
+        "lora is the adapter alone (default: %(default)s)",
     )
+    add("--gguf-type", metavar="TYPE", help="with gguf: one or more of its types, e.g. q8_0,f16 (default: q8_0)")
+    add("--keep-merged", action="store_true", help="with gguf: keep the merged model too, in OUT/merged")
     add(
         "--dtype",
         default="auto",

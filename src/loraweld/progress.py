@@ -13,11 +13,13 @@ from loraweld.report import human_bytes
 
 
 class Shown(Protocol):
-    """What a merge tells its observer: the plan, then bytes as they become ready, from any thread."""
+    """What a merge tells its observer: the plan, then bytes as they become ready, from any thread, then other steps."""
 
     def begin(self, plan: MergePlan) -> None: ...
 
     def advance(self, count: int) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
 
 @contextmanager
@@ -49,6 +51,9 @@ class _Nothing:
     def advance(self, count: int) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        pass
+
 
 class _Bar:
     def __init__(self, bar: object) -> None:
@@ -63,6 +68,9 @@ class _Bar:
 
     def advance(self, count: int) -> None:
         self._bar.advance(self._task, count)
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(f"loraweld: {text}", markup=False, highlight=False)
 
 
 class _Lines:
@@ -82,3 +90,6 @@ class _Lines:
             if self._total and before * 10 // self._total < self._done * 10 // self._total:
                 share = f"{self._done * 100 // self._total:3d} %"
                 sys.stderr.write(f"loraweld: {share} of {human_bytes(self._total)}\n")
+
+    def say(self, text: str) -> None:
+        sys.stderr.write(f"loraweld: {text}\n")

@@ -25,6 +25,7 @@ def record_text(plan: MergePlan, facts: Facts) -> str:
         {
             "loraweld_version": __version__,
             "save_method": plan.save_method,
+            **({"gguf_types": list(plan.export.types)} if plan.export else {}),
             "dtype": plan.dtype,
             "fingerprint": plan.fingerprint,
             "base": _base(facts.base),

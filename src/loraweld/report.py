@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from loraweld.planning.merge_plan import MergePlan, ModuleLine
+from loraweld.planning.merge_plan import MergePlan, ModuleLine, OutputFile
 
 _SHOWN = 5
 
@@ -152,15 +152,24 @@ def plan_lines(made: MergePlan) -> list[str]:
     """Return a plan for a person."""
     return [
         f"base {made.base}, adapter {', '.join(made.adapters)} → {made.output} ({made.save_method}, {made.dtype})",
-        *(f"  {file.name}  {human_bytes(file.num_bytes)}" for file in made.weights),
-        *(f"  {file.name}" for file in made.small),
+        *map(_file_line, made.files),
         f"tensors: {counts(dict(made.recipes_by_kind))}",
         *_module_lines(made.modules),
         f"reads {human_bytes(made.bytes_read)}, writes {human_bytes(made.bytes_written)}, "
-        f"{human_bytes(made.free_disk_bytes)} free",
+        f"{_disk_needed(made)}{human_bytes(made.free_disk_bytes)} free",
         f"peak memory about {human_bytes(made.peak_memory_bytes)} with {made.workers} workers",
         *(f"note: {note}" for note in made.notes),
     ]
+
+
+def _file_line(file: OutputFile) -> str:
+    size = "" if file.num_bytes is None else f"  {'about ' * file.is_estimate}{human_bytes(file.num_bytes)}"
+    return f"  {file.name}{size}{', made by the converter' * file.is_estimate}"
+
+
+def _disk_needed(made: MergePlan) -> str:
+    """What the disk must hold meanwhile, if that is more than the output."""
+    return f"needs {human_bytes(made.disk_bytes)} meanwhile, " if made.disk_bytes > made.bytes_written else ""
 
 
 def inspect_lines(found: dict[str, Any]) -> list[str]:

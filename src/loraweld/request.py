@@ -12,6 +12,7 @@ from typing import Any
 
 from loraweld.checkpoint.encodings.bnb4 import BLOCKSIZES
 from loraweld.errors import OutputError, RequestError
+from loraweld.gguf_types import parse_quantization
 from loraweld.save_methods import ONLY_FOR, nearest_name, normal_name, parse_save_method
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -55,6 +56,8 @@ class MergeRequest:
     blocksize: int = 64
     quantizer: str = "mse"
     skip_modules: tuple[str, ...] = ()
+    gguf_types: tuple[str, ...] = ()
+    keep_merged: bool = False
 
 
 def make_request(
@@ -76,6 +79,8 @@ def make_request(
     blocksize: int | None = None,
     quantizer: str | None = None,
     skip_modules: Sequence[str] | None = None,
+    gguf_type: str | Sequence[str] | None = None,
+    keep_merged: bool = False,
 ) -> MergeRequest:
     """Check the options and return them as one value.
 
@@ -96,6 +101,8 @@ def make_request(
         "blocksize": blocksize,
         "quantizer": quantizer,
         "skip_modules": skip_modules,
+        "gguf_type": gguf_type,
+        "keep_merged": keep_merged or None,
     }
     options = _options(save_method, method, implied, given, merge_base)
     folded, _, quantized_base = merge_base.partition(":")
@@ -172,6 +179,8 @@ def _options(
         raise RequestError(f"blocksize is {found['blocksize']}, expected one of {', '.join(map(str, BLOCKSIZES))}")
     if "skip_modules" in found:
         found["skip_modules"] = tuple(found["skip_modules"])
+    if method == "gguf":
+        found["gguf_types"] = parse_quantization(found.pop("gguf_type", "q8_0"))
     return found
 
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from loraweld.errors import RequestError
 
-SAVE_METHODS = ("merged_16bit", "merged_4bit", "merged_8bit", "merged_fp8", "preserve", "lora")
+SAVE_METHODS = ("merged_16bit", "merged_4bit", "merged_8bit", "merged_fp8", "preserve", "lora", "gguf")
 # Other names: the method, and an option with the value that the name implies.
 _ALIASES: dict[str, tuple[str, str, str]] = {
     "16bit": ("merged_16bit", "", ""),
@@ -29,6 +29,8 @@ ONLY_FOR = {
     "blocksize": ("merged_4bit",),
     "quantizer": ("merged_4bit", "preserve"),
     "skip_modules": ("merged_4bit", "merged_8bit", "merged_fp8"),
+    "gguf_type": ("gguf",),
+    "keep_merged": ("gguf",),
 }
 
 

@@ -30,6 +30,15 @@ def read_json_object(path: Path, *, error: type[CheckpointError] | type[Exceptio
     return value
 
 
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """Return the object in `path`, {} if there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read as an object.
+    """
+    return read_json_object(path) if path.exists() else {}
+
+
 def dump_json(value: object) -> str:
     """Return the text of a JSON file as transformers writes it: two spaces, one newline at the end."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import num_bytes
 
 RECORD_NAME = "loraweld.json"
+MERGED_FOLDER = "merged"
 
 
 def _key(tensor: Source) -> tuple[object, ...]:
@@ -155,6 +156,33 @@ class SmallFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """A file of the finished output. If another program makes it, its size is an estimate; None: unknown, but small."""
+
+    name: str
+    num_bytes: int | None
+    is_estimate: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "bytes": self.num_bytes} | ({"estimated": True} if self.is_estimate else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What other programs make of the merged model before the output appears.
+
+    With `keeps_merged` the model is part of the output, in `MERGED_FOLDER`. `scratch_bytes` is what the disk has to
+    hold meanwhile besides the model and the files.
+    """
+
+    name: str
+    types: tuple[str, ...]
+    files: tuple[OutputFile, ...]
+    keeps_merged: bool
+    scratch_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleLine:
     """What one adapter does to one tensor, for the report."""
 
@@ -187,15 +215,49 @@ class MergePlan:
     workers: int
     peak_memory_bytes: int
     free_disk_bytes: int
+    export: Export | None = None
 
     @property
     def recipes(self) -> Iterator[Recipe]:
         return (placed.recipe for file in self.weights for placed in file.placed if placed.part.role == CODES)
 
+    @property
+    def model_folder(self) -> str:
+        """The folder of the merged model inside the output; "" if it is the output."""
+        return MERGED_FOLDER if self.export else ""
+
+    @cached_property
+    def merged_files(self) -> tuple[OutputFile, ...]:
+        """The files of the merged model."""
+        return (
+            *(OutputFile(name=file.name, num_bytes=file.num_bytes) for file in self.weights),
+            *(OutputFile(name=file.name, num_bytes=file.num_bytes) for file in self.small),
+        )
+
+    @cached_property
+    def files(self) -> tuple[OutputFile, ...]:
+        """The files of the finished output, without the record."""
+        if self.export is None:
+            return self.merged_files
+        kept = self.merged_files if self.export.keeps_merged else ()
+        return *self.export.files, *(replace(file, name=f"{MERGED_FOLDER}/{file.name}") for file in kept)
+
+    @cached_property
+    def merged_bytes(self) -> int:
+        """Bytes of the merged model."""
+        return _total(self.merged_files)
+
     @cached_property
     def bytes_written(self) -> int:
         """Bytes of the finished output, small files included."""
-        return sum(file.num_bytes for file in self.weights) + sum(file.num_bytes for file in self.small)
+        return _total(self.files)
+
+    @cached_property
+    def disk_bytes(self) -> int:
+        """What the disk must hold at the same time while the output is made."""
+        if self.export is None:
+            return self.bytes_written
+        return self.merged_bytes + _total(self.export.files) + self.export.scratch_bytes
 
     @cached_property
     def bytes_read(self) -> int:
@@ -229,6 +291,8 @@ class MergePlan:
                 digest.update(repr((_key(recipe.source), recipe.edits_key, recipe.encoding, recipe.searches)).encode())
         for small in self.small:
             digest.update(repr((small.name, small.text)).encode())
+        if self.export is not None:
+            digest.update(repr((self.export.name, self.export.types, self.export.keeps_merged)).encode())
         return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -239,8 +303,7 @@ class MergePlan:
             "output": str(self.output),
             "save_method": self.save_method,
             "dtype": self.dtype,
-            "files": [{"name": file.name, "bytes": file.num_bytes} for file in self.weights]
-            + [{"name": file.name, "bytes": file.num_bytes} for file in self.small],
+            "files": [file.to_json() for file in self.files],
             "recipes": dict(self.recipes_by_kind),
             "modules": [
                 {"adapter": m.adapter, "module": m.module, "tensor": m.tensor, "what": m.what} for m in self.modules
@@ -248,6 +311,7 @@ class MergePlan:
             "notes": list(self.notes),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "disk_bytes": self.disk_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "free_disk_bytes": self.free_disk_bytes,
             "fingerprint": self.fingerprint,
@@ -255,3 +319,7 @@ class MergePlan:
 
     def __str__(self) -> str:
         return json.dumps(self.to_json(), indent=2)
+
+
+def _total(files: Iterable[OutputFile]) -> int:
+    return sum(file.num_bytes or 0 for file in files)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loraweld.errors import OutputError
+from loraweld.sinks.folder import FolderSink
 from loraweld.sinks.journal import NoJournal
 
 _PIECE_BYTES = 1 << 20
@@ -71,3 +72,18 @@ class ExistingSink:
             "give --overwrite to replace it, or choose another output",
             path=self._target,
         )
+
+
+class RepeatedSink(FolderSink):
+    """Makes the output again beside the one that is there and compares, where it cannot be done piece by piece."""
+
+    def publish(self) -> None:
+        """Check that the output holds the same files, to the byte, and nothing else; remove what was made for it."""
+        self.complete()
+        try:
+            existing = ExistingSink(self._target)
+            for path in sorted(path for path in self._output.rglob("*") if path.is_file()):
+                existing.copy(path.relative_to(self._output).as_posix(), path)
+            existing.publish()
+        finally:
+            self.clean_up()

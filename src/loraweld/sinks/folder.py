@@ -5,7 +5,8 @@
     parent/.NAME.loraweld/model/     the output while it grows
     parent/NAME                      appears, complete, by renaming model/
 
-A reader of parent/NAME sees a complete model or what was there before.
+A reader of parent/NAME sees a complete model or what was there before. Where other files are made of the merged model,
+that one grows in a folder inside model/, and they are made before the rename.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,15 +25,32 @@ from loraweld.sinks.journal import Journal, folder_number, read_journal
 TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
 
 
-class FolderSink:
-    """Create files, write at offsets, finish files, publish. Used inside `open_folder_sink`."""
+Complete = Callable[[Path], None]
 
-    def __init__(self, target: Path, staging: Path, journal: Journal, *, overwrite: bool) -> None:
+
+class FolderSink:
+    """Create files, write at offsets, finish files, publish. Used inside `open_folder_sink`.
+
+    `complete` makes of the staged output, which holds a merged model in `model_folder`, what is to be published.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        staging: Path,
+        journal: Journal,
+        *,
+        overwrite: bool,
+        model_folder: str = "",
+        complete: Complete | None = None,
+    ) -> None:
         self.journal = journal
         self._target = target.absolute()
         self._staging = staging
         self._overwrite = overwrite
-        self._model = staging / "model"
+        self._output = staging / "model"
+        self._model = self._output / model_folder
+        self._complete = complete
         self._descriptors: dict[str, int] = {}
 
     def create(self, name: str, size: int, *, aligned: bool) -> None:
@@ -78,21 +96,27 @@ class FolderSink:
             os.close(descriptor)
 
     def publish(self) -> None:
-        """Make the complete model appear under its name; replaces an old one in one step, if that is allowed.
+        """Make the complete output appear under its name; replaces an old one in one step, if that is allowed.
 
         Raises:
             OutputError: something has appeared in the output place; the finished model stays staged.
         """
-        for folder in [self._model, *(path for path in self._model.rglob("*") if path.is_dir())]:
+        self.complete()
+        for folder in [self._output, *(path for path in self._output.rglob("*") if path.is_dir())]:
             system.sync_folder(folder)
         if self._target.exists() and any(self._target.iterdir()):
             if not self._overwrite:
                 raise OutputError(TAKEN, path=self._target)
             self._replace_old()
         else:
-            self._model.replace(self._target)
+            self._output.replace(self._target)
         system.sync_folder(self._target.absolute().parent)
         self.clean_up()
+
+    def complete(self) -> None:
+        """Make what is to be published besides the merged model, or in its place."""
+        if self._complete is not None:
+            self._complete(self._output)
 
     def clean_up(self) -> None:
         """Remove the staging folder: after publishing, or when there is nothing to continue."""
@@ -106,11 +130,11 @@ class FolderSink:
         self.journal.close()
 
     def _replace_old(self) -> None:
-        if system.exchange(self._model, self._target):
+        if system.exchange(self._output, self._target):
             return
         old = self._staging / "old"
         self._target.replace(old)
-        self._model.replace(self._target)
+        self._output.replace(self._target)
 
 
 def staging_folder(target: Path) -> Path:
@@ -120,7 +144,16 @@ def staging_folder(target: Path) -> Path:
 
 
 @contextmanager
-def open_folder_sink(target: Path, *, identity: str, resume: bool, overwrite: bool) -> Iterator[FolderSink]:
+def open_folder_sink(
+    target: Path,
+    *,
+    identity: str,
+    resume: bool,
+    overwrite: bool,
+    model_folder: str = "",
+    complete: Complete | None = None,
+    kind: type[FolderSink] = FolderSink,
+) -> Iterator[FolderSink]:
     """Lock the output place and yield its sink; `identity` says which merge the staged files belong to.
 
     Raises:
@@ -129,15 +162,16 @@ def open_folder_sink(target: Path, *, identity: str, resume: bool, overwrite: bo
     staging = staging_folder(target)
     with _locked(target, staging):
         _restore_interrupted_replace(target, staging)
-        model, path = staging / "model", staging / "journal"
-        journal = Journal.resume(path, identity, model) if resume else None
+        output, path = staging / "model", staging / "journal"
+        journal = Journal.resume(path, identity, output) if resume else None
         if journal is None:
             path.unlink(missing_ok=True)  # first: without a journal nothing in the folder counts
-            shutil.rmtree(model, ignore_errors=True)
-            model.mkdir()
-            journal = Journal.begin(path, identity, model)
-        journal.done = {key: values for key, values in journal.done.items() if _is_there(model, key)}
-        sink = FolderSink(target, staging, journal, overwrite=overwrite)
+            shutil.rmtree(output, ignore_errors=True)
+            output.mkdir()
+            journal = Journal.begin(path, identity, output)
+        (output / model_folder).mkdir(exist_ok=True)
+        journal.done = {k: v for k, v in journal.done.items() if _is_there(output / model_folder, k)}
+        sink = kind(target, staging, journal, overwrite=overwrite, model_folder=model_folder, complete=complete)
         try:
             yield sink
         finally:
