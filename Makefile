@@ -14,8 +14,9 @@ RUN := HF_HUB_OFFLINE=1 $(BIN)/python
 demo: $(STAMPS)/demo
 	$(RUN) scripts/demo.py
 
-# Two test processes share the cores; threads that spin while they wait would slow both down.
-test: $(STAMPS)/test
+# Two test processes share the cores; threads that spin while they wait would slow both down. The demo's model is
+# tested too.
+test: $(STAMPS)/test $(STAMPS)/demo
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n 2
 
 lint: $(STAMPS)/lint
