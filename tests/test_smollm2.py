@@ -96,18 +96,29 @@ def test_sixteen_bit_from_the_four_bit_checkpoint_is_what_was_trained(trained: T
 
 
 def test_four_bit_loads_in_bitsandbytes_and_generates(trained: Trained, tmp_path: Path) -> None:
-    """From the 4-bit checkpoint and from the 16-bit base; the model has learnt the fact and still speaks."""
-    tokenizer = tf.AutoTokenizer.from_pretrained(trained.base)
-    prompt = tokenizer(FACT.split(" heron")[0], return_tensors="pt")
+    """From the 16-bit base the model has learnt the fact and still speaks.
+
+    From the 4-bit checkpoint it speaks too, but the change is smaller than the steps of the codes that the weights lie
+    on: it is gone, as it would be with any quantiser that rounds to nearest, and the report says so.
+    """
     for name, base in (("from-four", trained.four_bit), ("from-sixteen", trained.base)):
         report = loraweld.merge(trained.adapter, output=tmp_path / name, base=base, save_method="merged_4bit")
         assert len(report.fidelity) == 210
         assert all(0 < weight.relative_error < 0.13 for weight in report.fidelity)
+        lost = [weight for weight in report.fidelity if weight.kept is not None and weight.kept < 0.5]
+        assert any("WARNING: less than half" in note for note in report.notes) == bool(lost)
+        assert len(lost) > 200 if name == "from-four" else not lost
         model = load(tmp_path / name, device_map="cpu")
-        layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-        assert len(layers) == 210
-        made = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-        assert "heron" in tokenizer.decode(made[0])
+        assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 210
+        text = continued(model, trained.base, FACT.split(" heron")[0])
+        assert len(text.split()) > 12
+        assert ("heron" in text) == (name == "from-sixteen")
+
+
+def continued(model: Any, folder: Path, text: str) -> str:
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    made = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    return str(tokenizer.decode(made[0]))
 
 
 def test_searched_scales_keep_the_output_closer_than_absmax(trained: Trained, tmp_path: Path) -> None:
