@@ -90,6 +90,8 @@ def add_bias_of_head(layer: TrainableTokensLayer, _: Any, output: Tensor) -> Ten
 def train_(peft: PeftModel) -> None:
     """Move every adapter parameter, biases and saved modules included, away from its initial value."""
     for name, parameter in peft.named_parameters():
+        if not parameter.is_floating_point():
+            continue  # codes of a quantised base
         noise = torch.randn_like(parameter)
         if "lora_magnitude_vector" in name:
             parameter.data.mul_(1 + 0.1 * noise)

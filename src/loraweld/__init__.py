@@ -19,6 +19,13 @@ if TYPE_CHECKING:
         RequestError,
     )
     from loraweld.inspection import inspect
+    from loraweld.live.attach import attach
+    from loraweld.live.methods import (
+        push_to_hub_gguf,
+        push_to_hub_merged,
+        save_pretrained_gguf,
+        save_pretrained_merged,
+    )
 
 __all__ = [
     "AdapterError",
@@ -29,12 +36,26 @@ __all__ = [
     "OutputError",
     "RequestError",
     "__version__",
+    "attach",
     "inspect",
     "merge",
     "plan",
+    "push_to_hub_gguf",
+    "push_to_hub_merged",
+    "save_pretrained_gguf",
+    "save_pretrained_merged",
 ]
 
-_HOMES = {"merge": "loraweld.api", "plan": "loraweld.api", "inspect": "loraweld.inspection"}
+_HOMES = {
+    "merge": "loraweld.api",
+    "plan": "loraweld.api",
+    "inspect": "loraweld.inspection",
+    "attach": "loraweld.live.attach",
+    "push_to_hub_gguf": "loraweld.live.methods",
+    "push_to_hub_merged": "loraweld.live.methods",
+    "save_pretrained_gguf": "loraweld.live.methods",
+    "save_pretrained_merged": "loraweld.live.methods",
+}
 
 
 def __getattr__(name: str) -> object:

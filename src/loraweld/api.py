@@ -120,8 +120,8 @@ def merge(
     return merge_request(request, progress=progress or (lambda count: None))
 
 
-def plan_request(request: MergeRequest) -> tuple[MergePlan, Facts | None]:
-    """Open the inputs and plan; an adapter written alone has no facts of a base.
+def plan_request(request: MergeRequest, facts: Facts | None = None) -> tuple[MergePlan, Facts | None]:
+    """Open the inputs, if `facts` are not what is in them, and plan; an adapter written alone has no facts of a base.
 
     Raises:
         LoraweldError: the merge would be refused.
@@ -130,8 +130,8 @@ def plan_request(request: MergeRequest) -> tuple[MergePlan, Facts | None]:
         if request.save_method == "lora":
             return plan_lora(request), None
         if request.save_method == "gguf":
-            return plan_export(request)
-        facts = gather_facts(request)
+            return plan_export(request, facts)
+        facts = facts or gather_facts(request)
         return build_plan(request, facts), facts
     except OSError as error:  # a name too long, a folder that may not be read
         raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
@@ -149,8 +149,25 @@ def merge_request(
     made, facts = plan_request(request)
     if on_plan:
         on_plan(made)
+    return fulfil(request, made, facts, progress=progress, complete=completion(made, on_export), started=started)
+
+
+def fulfil(
+    request: MergeRequest,
+    made: MergePlan,
+    facts: Facts | None,
+    *,
+    progress: Progress,
+    complete: Complete | None = None,
+    started: float | None = None,
+) -> MergeReport:
+    """Do what a plan says; `complete` ends an output with files that other programs make.
+
+    Raises:
+        LoraweldError: something the user can fix; the output is as it was.
+    """
+    started = time.monotonic() if started is None else started
     record = record_text(made, facts) if facts else None
-    complete = completion(made, on_export)
     try:
         return _fulfil(request, made, record, progress=progress, complete=complete, started=started)
     except OSError as error:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
+from loraweld.checkpoint.mounted import open_stored
 from loraweld.checkpoint.stored import StoredTensor
 
 _PIECE_BYTES = 1 << 24
@@ -35,6 +34,6 @@ def _matrix(tensor: StoredTensor) -> np.ndarray[tuple[int, ...], np.dtype[np.voi
 
 def _read(tensor: StoredTensor, start: int, count: int) -> bytes:
     count = min(count, tensor.num_bytes - start)
-    with Path(tensor.path).open("rb") as file:
+    with open_stored(tensor.path) as file:
         file.seek(tensor.offset + start)
         return file.read(count)

@@ -10,7 +10,7 @@ from typing import Any
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
 from loraweld.checkpoint.encodings.recognise import recognise
 from loraweld.checkpoint.jsonfile import read_json_object
-from loraweld.checkpoint.stored import SafetensorsFile, StoredFile, StoredTensor, read_safetensors
+from loraweld.checkpoint.stored import PickledFile, SafetensorsFile, StoredFile, StoredTensor, read_safetensors
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import CheckpointError, listing
 
@@ -61,9 +61,14 @@ class Base:
         return any(isinstance(tensor, EncodedTensor) for tensor in self.tensors.values())
 
     @property
+    def has_layout(self) -> bool:
+        """Whether the weights lie in safetensors files, whose layout an output can keep."""
+        return all(isinstance(file, SafetensorsFile) for file in self.files)
+
+    @property
     def is_pickled(self) -> bool:
         """Whether the weights lie in files of torch.save."""
-        return not all(isinstance(file, SafetensorsFile) for file in self.files)
+        return any(isinstance(file, PickledFile) for file in self.files)
 
     @property
     def main_dtype(self) -> str:

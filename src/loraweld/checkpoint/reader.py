@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 
+from loraweld.checkpoint.mounted import mounted
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.errors import CheckpointError
 
@@ -23,6 +24,10 @@ class Reader:
         Raises:
             CheckpointError: the file ends early or cannot be read.
         """
+        memory = mounted(path)
+        if memory is not None:
+            memory.read_into(offset, buffer)
+            return
         try:
             descriptor = self._descriptor(path)
             done = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loraweld.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
+from loraweld.checkpoint.mounted import open_stored
 from loraweld.dtypes import num_bytes
 from loraweld.errors import CheckpointError
 
@@ -85,7 +86,21 @@ class PickledFile:
         return {}
 
 
-StoredFile = SafetensorsFile | PickledFile
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFile:
+    """The tensors of a model in memory as one file; `path` is where they are mounted."""
+
+    path: Path
+    file_bytes: int
+    tensors: tuple[StoredTensor, ...]
+    description: bytes = field(repr=False)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return {}
+
+
+StoredFile = SafetensorsFile | PickledFile | MemoryFile
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
@@ -139,7 +154,7 @@ def read_bytes(tensor: StoredTensor) -> bytes:
         CheckpointError: the file cannot be read.
     """
     try:
-        with tensor.path.open("rb") as file:
+        with open_stored(tensor.path) as file:
             file.seek(tensor.offset)
             return file.read(tensor.num_bytes)
     except OSError as error:
@@ -155,7 +170,7 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     try:
-        with one.path.open("rb") as left, other.path.open("rb") as right:
+        with open_stored(one.path) as left, open_stored(other.path) as right:
             left.seek(one.offset)
             right.seek(other.offset)
             sizes = (min(_PIECE_BYTES, one.num_bytes - done) for done in range(0, one.num_bytes, _PIECE_BYTES))

@@ -20,14 +20,14 @@ from loraweld.sinks.folder import Complete
 _WORK = ".converting"
 
 
-def plan_export(request: MergeRequest) -> tuple[MergePlan, Facts]:
-    """Check the tools, open the inputs and plan.
+def plan_export(request: MergeRequest, facts: Facts | None = None) -> tuple[MergePlan, Facts]:
+    """Check the tools, open the inputs, if they are not open yet, and plan.
 
     Raises:
         LoraweldError: a tool is missing, or the merge would be refused.
     """
     check_tools(request.gguf_types)
-    facts = gather_facts(request)
+    facts = facts or gather_facts(request)
     merge = build_plan(replace(request, save_method="merged_16bit"), facts)
     return plan_gguf(merge, request), facts
 

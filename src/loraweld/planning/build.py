@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
+from loraweld.checkpoint.stored import MemoryFile
 from loraweld.errors import MatchError, listing
 from loraweld.naming.roles import is_output_embedding
 from loraweld.planning.changes import Resolved, combine_claims, resolve_ties
@@ -77,7 +78,10 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
             *adapter_notes(adapters),
             *missing_layer_notes(missing_layers(adapters, base.model_type, [recipe.name for recipe in recipes])),
         ),
-        inputs=(*(file.path for file in base.files), *(adapter.weights for adapter in adapters)),
+        inputs=(
+            *(file.path for file in base.files if not isinstance(file, MemoryFile)),
+            *(adapter.weights for adapter in adapters),
+        ),
         scratch=adapters,
         item_bytes=memory.item_bytes,
         workers=memory.workers,
@@ -89,10 +93,10 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
 def _weights(request: MergeRequest, base: Base, output: EncodedOutput) -> tuple[WeightFile, ...]:
     """Files as the base has them, unless another size was asked for, weights come in another form, or files do.
 
-    A pickle has no header to keep.
+    A pickle has no header to keep, a model in memory neither.
     """
     changes_form = output.settings is not None or (base.is_quantised and not output.keeps_settings)
-    if request.max_shard_bytes or changes_form or base.is_pickled:
+    if request.max_shard_bytes or changes_form or not base.has_layout:
         return repack(base, output.recipes, request.max_shard_bytes or SHARD_BYTES)
     return keep_layout(base, output.recipes)
 

@@ -39,7 +39,17 @@ def gather_facts(request: MergeRequest) -> Facts:
     adapters = tuple(open_adapter(path) for path in request.adapters)
     name, revision = (request.base, None) if request.base is not None else _named_base(adapters)
     located = locate_base(name, revision=revision)
-    base, twins = _stored_once(open_base(located.folder, label=located.label, commit=located.commit))
+    base = open_base(located.folder, label=located.label, commit=located.commit)
+    return facts_of(request, base, adapters)
+
+
+def facts_of(request: MergeRequest, base: Base, adapters: tuple[Adapter, ...]) -> Facts:
+    """Return what a merge of these adapters into `base` has to know.
+
+    Raises:
+        LoraweldError: a base that the request would have taken to another form cannot be.
+    """
+    base, twins = _stored_once(base)
     if request.merge_base == QUANTIZED_FROM:
         base, *notes = requantised_base(request, base, adapters)
     else:

@@ -1,0 +1,78 @@
+"""Paths whose bytes are not in a file: an object in memory serves them for as long as it is mounted."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol, cast
+
+
+class MountedFile(Protocol):
+    """What reading needs of a file: its size and its bytes at any place, from any thread."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`."""
+
+
+_mounted: dict[Path, MountedFile] = {}
+_lock = threading.Lock()
+
+
+@contextmanager
+def mount(path: Path, file: MountedFile) -> Iterator[None]:
+    """Serve the bytes of `path`, a name that no other mount has, from `file` within the block."""
+    with _lock:
+        assert path not in _mounted
+        _mounted[path] = file
+    try:
+        yield
+    finally:
+        with _lock:
+            del _mounted[path]
+
+
+def mounted(path: Path) -> MountedFile | None:
+    """Return what serves the bytes of `path`, None if they are in a file."""
+    return _mounted.get(path)
+
+
+def open_stored(path: Path) -> BinaryIO:
+    """Open `path` for reading, wherever its bytes are.
+
+    Raises:
+        OSError: as `open` does.
+    """
+    file = mounted(path)
+    return path.open("rb") if file is None else cast(BinaryIO, _Stream(file))
+
+
+class _Stream(io.RawIOBase):
+    """A mounted file as a stream."""
+
+    def __init__(self, file: MountedFile) -> None:
+        self._file = file
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_SET
+        self._at = offset
+        return offset
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+        count = max(0, min(len(view), self._file.size - self._at))
+        self._file.read_into(self._at, view[:count])
+        self._at += count
+        return count

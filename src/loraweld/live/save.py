@@ -1,0 +1,331 @@
+"""A model in memory → a folder: the base as it is in memory, and the adapters that act in it, by the same engine."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraweld.adapter.files import open_adapter
+from loraweld.api import fulfil, plan_request
+from loraweld.checkpoint.base import CONFIG_NAME, Base
+from loraweld.checkpoint.encodings.recognise import quantization_settings, recognise
+from loraweld.checkpoint.hub import known_config
+from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.checkpoint.stored import MemoryFile
+from loraweld.errors import OutputError, RequestError, listing
+from loraweld.export.pipeline import completion
+from loraweld.live.adapters import LiveAdapters, as_in_memory, find_adapters, save_adapter
+from loraweld.live.card import card_text
+from loraweld.live.layout import as_pickles, with_variant
+from loraweld.live.machine import free_memory_bytes, workspace
+from loraweld.live.memory import tensors_as_file
+from loraweld.live.parameters import SaveOptions
+from loraweld.live.weights import base_of, base_state, checkpoint_tensors
+from loraweld.planning.companions import override_files
+from loraweld.planning.facts import Facts, facts_of
+from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, SmallFile
+from loraweld.request import QUANT_TYPES, MergeRequest, make_request
+
+CARD_NAME = "README.md"
+MAX_MEMORY_BYTES = 512 * 10**6  # more does not make it faster
+_log = logging.getLogger("loraweld")
+# What an earlier save has left in the output folder; anything else there is not ours to remove.
+_OF_MODELS = (
+    *("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index*.json", "*.gguf", "Modelfile*"),
+    *("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.py", "README.md", "LICENSE*"),
+)
+_OF_SAVES = (RECORD_NAME, "config.json", "adapter_config.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveModel:
+    """A model as it is now: `state` is that of the transformers model inside, PEFT's parts included."""
+
+    inner: Any
+    state: Mapping[str, torch.Tensor]
+    adapters: LiveAdapters
+    origin: Path | None
+
+    @property
+    def name(self) -> str:
+        """What the base was loaded from, "" if it was made here."""
+        return str(getattr(self.inner.config, "_name_or_path", "") or "")
+
+
+def look_at(model: Any, state_dict: Mapping[str, torch.Tensor] | None) -> LiveModel:
+    """Find out what there is to save; changes nothing.
+
+    Raises:
+        RequestError: not a model that can be saved, or a `state_dict` that is not one of it.
+    """
+    inner = base_of(model)
+    state = _given_state(model, inner, state_dict) if state_dict is not None else inner.state_dict()
+    name = str(getattr(inner.config, "_name_or_path", "") or "")
+    found = known_config(name) if name else None
+    return LiveModel(
+        inner=inner, state=state, adapters=find_adapters(inner), origin=found.parent if found is not None else None
+    )
+
+
+def save_model(model: Any, options: SaveOptions, output: Path, *, card: str | None = None) -> None:
+    """Write what `options` ask for to the folder `output`; `card` is the text of a README.md that is there already.
+
+    Raises:
+        LoraweldError: something the user can fix; the folder is as it was.
+    """
+    live = look_at(model, options.state_dict)
+    with workspace(options.temporary_location) as work:
+        _save_tokenizer(live, options, work)
+        if options.method == "lora":
+            _save_lora(live, options, output, work, card)
+        else:
+            _save_merged(live, options, output, work, card)
+
+
+def _save_merged(live: LiveModel, options: SaveOptions, output: Path, work: Path, card: str | None) -> None:
+    started = time.monotonic()
+    _write_configs(live, work / "base")
+    if live.adapters.merged or live.adapters.disabled:
+        _say_adapters(live.adapters)
+    state = base_state(live.inner, live.state, trained_copies=bool(live.adapters.merged))
+    with tensors_as_file(checkpoint_tensors(live.inner, state)) as file:
+        base = _live_base(file, work / "base", live.name)
+        folders = [_adapter_folder(live, name, work) for name in live.adapters.active]
+        request = _request(options, folders, output, base)
+        facts = facts_of(request, base, tuple(open_adapter(folder) for folder in folders))
+        made = with_variant(_planned(request, facts, options), options.variant)
+        made = _with_card(made, live, options, card)
+        for note in made.notes:
+            _log.info(note)
+        complete = completion(made, _log.info)
+        if not options.safe_serialization:
+            made, complete = as_pickles(made, options.save_function)
+        _check_replaceable(output, made)
+        fulfil(request, made, facts, progress=lambda count: None, complete=complete, started=started)
+
+
+def _save_lora(live: LiveModel, options: SaveOptions, output: Path, work: Path, card: str | None) -> None:
+    """Write one adapter as PEFT does, with the tokenizer beside it."""
+    from loraweld.live.lora import adapter_files
+
+    folder = adapter_files(live, options, work / "adapter")
+    request = replace(make_request(folder, output=output, save_method="lora", resume=False), overwrite=True)
+    files = [*folder.iterdir(), *(path for path in sorted((work / "base").rglob("*")) if path.is_file())]
+    made = MergePlan(
+        base=live.name,
+        adapters=(live.adapters.active or live.adapters.merged)[:1],
+        output=output,
+        save_method="lora",
+        dtype="auto",
+        weights=(),
+        small=tuple(SmallFile(name=_name_in(path, folder, work / "base"), source=path) for path in files),
+        modules=(),
+        notes=(),
+        inputs=(),
+        scratch=(),
+        item_bytes=0,
+        workers=1,
+        peak_memory_bytes=0,
+        free_disk_bytes=shutil.disk_usage(_existing(output)).free,
+    )
+    made = _with_card(made, live, options, card)
+    _check_replaceable(output, made)
+    fulfil(request, made, None, progress=lambda count: None)
+
+
+def _name_in(path: Path, *folders: Path) -> str:
+    folder = next(folder for folder in folders if path.is_relative_to(folder))
+    return path.relative_to(folder).as_posix()
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def _given_state(model: Any, inner: Any, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the user's tensors by the names that they have in `inner`.
+
+    Raises:
+        RequestError: entries that the model does not have, lacks, or has in another shape.
+    """
+    own: Mapping[str, Any] = model.state_dict()
+    problems = [f"{name}: the model has no such entry" for name in given.keys() - own.keys()]
+    problems += [f"{name}: missing" for name in own.keys() - given.keys()]
+    tensors = {name for name, value in own.items() if isinstance(value, torch.Tensor)}
+    for name in tensors & given.keys():
+        found: object = given[name]
+        if not isinstance(found, torch.Tensor):
+            problems.append(f"{name}: a {type(found).__name__}, expected a tensor")
+        elif found.shape != own[name].shape:
+            problems.append(f"{name}: of shape {tuple(found.shape)}, expected {tuple(own[name].shape)}")
+    if problems:
+        raise RequestError(f"state_dict is not one of model.state_dict():\n{listing(problems, limit=20)}")
+    inside = next((path for path, module in model.named_modules() if module is inner), "")
+    prefix = f"{inside}." if inside else ""
+    return {name.removeprefix(prefix): value for name, value in given.items()}
+
+
+def _save_tokenizer(live: LiveModel, options: SaveOptions, work: Path) -> None:
+    """Put what ships beside the weights into the folder of the base: the user's tokenizer, else the base's files."""
+    folder = work / "base"
+    folder.mkdir()
+    if options.tokenizer is not None:
+        options.tokenizer.save_pretrained(str(folder))
+        return
+    files = override_files(live.origin) if live.origin is not None else []
+    warnings.warn(
+        "tokenizer is None: "
+        + (f"the files beside the weights are those of {live.name}" if files else "the output has no tokenizer"),
+        stacklevel=4,
+    )
+    for path in files:
+        assert live.origin is not None
+        target = folder / path.relative_to(live.origin)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    if options.method == "lora":
+        (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def _write_configs(live: LiveModel, folder: Path) -> None:
+    """Write config.json and generation_config.json as the model has them; the model's own are not touched."""
+    inner = live.inner
+    config = copy.deepcopy(inner.config)
+    config.architectures = [type(inner).__name__.removeprefix("FSDP")]
+    if getattr(config, "quantization_config", None) is None:
+        config.dtype = str(_main_dtype(live)).removeprefix("torch.")
+    config.to_json_file(folder / CONFIG_NAME, use_diff=True)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if inner.can_generate():
+        inner.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
+
+
+def _main_dtype(live: LiveModel) -> torch.dtype:
+    """The float type of most of the base's bytes."""
+    totals: dict[torch.dtype, int] = {}
+    for tensor in base_state(live.inner, live.state, trained_copies=False).values():
+        if tensor.is_floating_point():
+            totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.numel() * tensor.element_size()
+    return max(totals, key=lambda dtype: totals[dtype]) if totals else torch.float32
+
+
+def _say_adapters(adapters: LiveAdapters) -> None:
+    if adapters.merged:
+        _log.warning("the weights in memory hold the merged adapters %s: written as they are", list(adapters.merged))
+    else:
+        _log.warning("the adapters are disabled: the base is written without them, as the model computes now")
+
+
+def _live_base(file: MemoryFile, folder: Path, name: str) -> Base:
+    config = read_json_object(folder / CONFIG_NAME)
+    stored = {tensor.name: tensor for tensor in file.tensors}
+    weights = recognise(stored, config)
+    return Base(
+        folder=folder,
+        label=name or "the model in memory",
+        commit=None,
+        files=(file,),
+        index=None,
+        config=config,
+        tensors=weights.tensors,
+        stored=stored,
+        aside=weights.aside,
+    )
+
+
+def _adapter_folder(live: LiveModel, name: str, work: Path) -> Path:
+    folder = save_adapter(live.inner, name, work / "adapters" / _folder_name(name), state=live.state)
+    as_in_memory(folder)
+    return folder
+
+
+def _folder_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_ " else "_" for letter in name) or "_"
+
+
+def _request(options: SaveOptions, folders: list[Path], output: Path, base: Base) -> MergeRequest:
+    """The request that the same merge of files would have."""
+    settings = quantization_settings(base.config)
+    extra: dict[str, Any] = {}
+    if options.method == "merged_4bit" and settings.get("load_in_4bit"):
+        if settings.get("bnb_4bit_quant_type") in QUANT_TYPES:
+            extra["quant_type"] = settings["bnb_4bit_quant_type"]
+        extra["double_quant"] = settings.get("bnb_4bit_use_double_quant") is True
+    extra |= options.implied
+    if options.method == "gguf" and options.gguf_types:
+        extra["gguf_type"] = options.gguf_types
+    request = make_request(
+        folders or ["none"],
+        output=output,
+        base=base.label,
+        save_method=options.method,
+        max_shard_size=options.max_shard_bytes,
+        resume=False,
+        tokenizer=base.folder,
+        overwrite=True,
+        **extra,
+    )
+    budget = int(options.maximum_memory_usage * free_memory_bytes())
+    return replace(request, adapters=tuple(folders), max_memory_bytes=min(budget, MAX_MEMORY_BYTES))
+
+
+def _planned(request: MergeRequest, facts: Facts, options: SaveOptions) -> MergePlan:
+    try:
+        made, _ = plan_request(request, facts)
+    except RequestError as error:
+        if not str(error).startswith("max_memory"):
+            raise
+        raise RequestError(
+            f"maximum_memory_usage is {options.maximum_memory_usage}, of the free memory "
+            f"{request.max_memory_bytes} bytes: {str(error).partition(';')[0]}"
+        ) from None
+    for note in made.notes:
+        if note.startswith("the tokenizer has"):
+            warnings.warn(note, stacklevel=5)
+    return made
+
+
+def _with_card(made: MergePlan, live: LiveModel, options: SaveOptions, card: str | None) -> MergePlan:
+    if not (options.tags or options.datasets or card is not None):
+        return made
+    text = card_text(
+        name=made.output.name,
+        base=live.name or None,
+        origin=live.origin,
+        tags=options.tags,
+        datasets=options.datasets,
+        method=options.method,
+        existing=card or None,
+    )
+    others = tuple(file for file in made.small if file.name != CARD_NAME)
+    return replace(made, small=(*others, SmallFile(name=CARD_NAME, text=text)))
+
+
+def _check_replaceable(output: Path, made: MergePlan) -> None:
+    """A save may replace an earlier one, never something else.
+
+    Raises:
+        OutputError: the folder holds what no save has written.
+    """
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    files = [path for path in output.rglob("*") if not path.is_dir()]
+    names = {file.name for file in made.files}
+    foreign = [
+        path.relative_to(output).as_posix()
+        for path in files
+        if path.relative_to(output).as_posix() not in names and not any(fnmatch(path.name, p) for p in _OF_MODELS)
+    ]
+    if foreign or not any((output / name).exists() for name in _OF_SAVES):
+        what = f", among others\n{listing(foreign, limit=5)}" if foreign else ""
+        raise OutputError(f"exists and holds other things than a saved model{what}; choose another folder", path=output)

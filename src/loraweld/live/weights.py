@@ -1,0 +1,144 @@
+"""A model in memory → the tensors of its checkpoint, by the names that transformers would write.
+
+PEFT's wrapping is taken off, so that what remains is the base as it is in memory: weights that were trained outside
+PEFT, resized embeddings, and adapters that are merged into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraweld.errors import RequestError, listing
+
+PEFT_PREFIX = "base_model.model."
+
+
+def base_of(model: Any) -> Any:
+    """Return the transformers model, without a PeftModel or a compiled module around it.
+
+    Raises:
+        RequestError: there is none inside.
+    """
+    from transformers import PreTrainedModel
+
+    inner = getattr(model, "_orig_mod", model)
+    inner = getattr(inner, "module", inner) if not isinstance(inner, PreTrainedModel) else inner
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise RequestError(f"model is a {type(model).__name__}, expected one of transformers, or PEFT around one")
+    return inner
+
+
+def base_state(inner: Any, state: Mapping[str, torch.Tensor], *, trained_copies: bool) -> dict[str, torch.Tensor]:
+    """Return the entries of `state`, that of `inner`, which belong to the base, by its own names.
+
+    `trained_copies`: whether modules in `modules_to_save` count as PEFT trained them, not as they were.
+    """
+    found = dict(state)
+    # Inner wrappers first: the names of the outer ones are still what they are in the module tree.
+    for path, module in sorted(inner.named_modules(), key=lambda item: -len(item[0])):
+        inside = _wrapped_name(module, trained_copies)
+        if inside is not None:
+            found = _unwrapped(found, f"{path}.", f"{path}.{inside}.")
+    return found
+
+
+def _wrapped_name(module: nn.Module, trained_copies: bool) -> str | None:
+    """Where in a wrapper of PEFT the wrapped module is, None if it is no wrapper."""
+    if not _is_of_peft(module):
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if isinstance(module, BaseTunerLayer):
+        return "base_layer"
+    if isinstance(module, TrainableTokensWrapper):
+        return "token_adapter"
+    if isinstance(module, ModulesToSaveWrapper):
+        active = module.active_adapters
+        return f"modules_to_save.{active[0]}" if trained_copies and active else "original_module"
+    return None
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
+def _unwrapped(state: Mapping[str, torch.Tensor], prefix: str, inside: str) -> dict[str, torch.Tensor]:
+    """Names below `inside` move up to `prefix`; what else is below it is of the adapter."""
+    return {
+        prefix + name.removeprefix(inside) if name.startswith(inside) else name: tensor
+        for name, tensor in state.items()
+        if name.startswith(inside) or not name.startswith(prefix)
+    }
+
+
+def checkpoint_tensors(inner: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `state` by the checkpoint's names, each parameter once, as `save_pretrained` of transformers does.
+
+    Raises:
+        RequestError: a parameter has no values here, or shares memory in a way that the model's class does not say.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = set(getattr(inner, "_keys_to_ignore_on_save", None) or ())
+    kept = {name: value for name, value in state.items() if name not in ignored}
+    _check_present(kept)
+    try:
+        kept = remove_tied_weights_from_state_dict(kept, inner)
+    except RuntimeError as error:
+        raise RequestError(f"the model shares parameters that its class does not tie: {error}") from None
+    named = revert_weight_conversion(_without_quantiser(inner), kept)
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+
+class _Converted:
+    """A model with other conversions than its own."""
+
+    def __init__(self, model: Any, conversions: list[Any]) -> None:
+        self._model = model
+        self._weight_conversions = conversions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _without_quantiser(inner: Any) -> Any:
+    """Leave out what a quantiser did to read its own checkpoint: the state has codes and scales as files have them.
+
+    transformers 5.23 cannot revert it, and so does not save a model that was loaded from 4 bit.
+    """
+    conversions = getattr(inner, "_weight_conversions", None)
+    if conversions is None or getattr(inner, "hf_quantizer", None) is None:
+        return inner
+    return _Converted(inner, [one for one in conversions if _is_reversible(one)])
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _check_present(state: Mapping[str, object]) -> None:
+    away = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.device.type == "meta"]
+    if away:
+        raise RequestError(
+            "parameters of the model have no values in memory (device meta: offloaded to disk or to the CPU by "
+            "accelerate); load the model without a device_map that offloads, or give their values with "
+            f"state_dict:\n{listing(away, limit=8)}"
+        )
+    spread = [name for name, value in state.items() if type(value).__name__ == "DTensor"]
+    if spread:
+        raise RequestError(
+            "parameters of the model are spread over devices (DTensor); gather them first and give them with "
+            f"state_dict:\n{listing(spread, limit=8)}"
+        )
