@@ -47,6 +47,11 @@ def t5() -> tf.PreTrainedModel:
     return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0))
 
 
+def wide_llama() -> tf.PreTrainedModel:
+    """Of a width that bitsandbytes repacks on the CPU."""
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**{**GATED, "hidden_size": 128, "intermediate_size": 128}))
+
+
 BUILDERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "llama": llama,
     "qwen3-moe": qwen3_moe,
@@ -65,7 +70,7 @@ def auto_of(name: str) -> Any:
 def write_base(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write the model, the same weights at every call."""
     torch.manual_seed(zlib.crc32(name.encode()))
-    model = BUILDERS[name]().eval()
+    model = {**BUILDERS, "wide-llama": wide_llama}[name]().eval()
     randomise_(model)
     model.to(dtype).save_pretrained(folder)
     return folder

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from loraweld.inspection import inspect
     from loraweld.live.attach import attach
+    from loraweld.live.fast_language_model import FastLanguageModel
     from loraweld.live.methods import (
         push_to_hub_gguf,
         push_to_hub_merged,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "CheckpointError",
+    "FastLanguageModel",
     "LoraweldError",
     "MatchError",
     "NumericsError",
@@ -50,6 +52,7 @@ _HOMES = {
     "merge": "loraweld.api",
     "plan": "loraweld.api",
     "inspect": "loraweld.inspection",
+    "FastLanguageModel": "loraweld.live.fast_language_model",
     "attach": "loraweld.live.attach",
     "push_to_hub_gguf": "loraweld.live.methods",
     "push_to_hub_merged": "loraweld.live.methods",

@@ -30,7 +30,7 @@ from loraweld.live.layout import as_pickles, with_variant
 from loraweld.live.machine import free_memory_bytes, workspace
 from loraweld.live.memory import tensors_as_file
 from loraweld.live.parameters import SaveOptions
-from loraweld.live.weights import base_of, base_state, checkpoint_tensors
+from loraweld.live.weights import base_of, base_state, checkpoint_tensors, state_of
 from loraweld.planning.companions import override_files
 from loraweld.planning.facts import Facts, facts_of
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, SmallFile
@@ -44,7 +44,6 @@ _OF_MODELS = (
     *("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index*.json", "*.gguf", "Modelfile*"),
     *("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.py", "README.md", "LICENSE*"),
 )
-_OF_SAVES = (RECORD_NAME, "config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +68,7 @@ def look_at(model: Any, state_dict: Mapping[str, torch.Tensor] | None) -> LiveMo
         RequestError: not a model that can be saved, or a `state_dict` that is not one of it.
     """
     inner = base_of(model)
-    state = _given_state(model, inner, state_dict) if state_dict is not None else inner.state_dict()
+    state = _given_state(model, inner, state_dict) if state_dict is not None else state_of(inner)
     name = str(getattr(inner.config, "_name_or_path", "") or "")
     found = known_config(name) if name else None
     return LiveModel(
@@ -84,6 +83,8 @@ def save_model(model: Any, options: SaveOptions, output: Path, *, card: str | No
         LoraweldError: something the user can fix; the folder is as it was.
     """
     live = look_at(model, options.state_dict)
+    if live.origin is not None and output.exists() and output.samefile(live.origin):
+        raise OutputError("is the folder that the model was loaded from; choose another", path=output)
     with workspace(options.temporary_location) as work:
         _save_tokenizer(live, options, work)
         if options.method == "lora":
@@ -158,20 +159,22 @@ def _given_state(model: Any, inner: Any, given: Mapping[str, torch.Tensor]) -> d
     Raises:
         RequestError: entries that the model does not have, lacks, or has in another shape.
     """
-    own: Mapping[str, Any] = model.state_dict()
-    problems = [f"{name}: the model has no such entry" for name in given.keys() - own.keys()]
-    problems += [f"{name}: missing" for name in own.keys() - given.keys()]
+    inside = next((path for path, module in model.named_modules() if module is inner), "")
+    prefix = f"{inside}." if inside else ""
+    own: dict[str, Any] = {prefix + name: value for name, value in state_of(inner).items()}
+    unknown = [f"{name}: the model has no such entry" for name in given.keys() - own.keys()]
+    missing = [f"{name}: missing" for name in own.keys() - given.keys()]
+    wrong = []
     tensors = {name for name, value in own.items() if isinstance(value, torch.Tensor)}
     for name in tensors & given.keys():
         found: object = given[name]
         if not isinstance(found, torch.Tensor):
-            problems.append(f"{name}: a {type(found).__name__}, expected a tensor")
+            wrong.append(f"{name}: a {type(found).__name__}, expected a tensor")
         elif found.shape != own[name].shape:
-            problems.append(f"{name}: of shape {tuple(found.shape)}, expected {tuple(own[name].shape)}")
+            wrong.append(f"{name}: of shape {tuple(found.shape)}, expected {tuple(own[name].shape)}")
+    problems = [listing(kind, limit=8) for kind in (unknown, missing, wrong) if kind]
     if problems:
-        raise RequestError(f"state_dict is not one of model.state_dict():\n{listing(problems, limit=20)}")
-    inside = next((path for path, module in model.named_modules() if module is inner), "")
-    prefix = f"{inside}." if inside else ""
+        raise RequestError("state_dict is not one of model.state_dict():\n" + "\n".join(problems))
     return {name.removeprefix(prefix): value for name, value in given.items()}
 
 
@@ -326,6 +329,7 @@ def _check_replaceable(output: Path, made: MergePlan) -> None:
         for path in files
         if path.relative_to(output).as_posix() not in names and not any(fnmatch(path.name, p) for p in _OF_MODELS)
     ]
-    if foreign or not any((output / name).exists() for name in _OF_SAVES):
+    marks = (RECORD_NAME, "adapter_config.json") if made.save_method == "lora" else (RECORD_NAME,)
+    if foreign or not any((output / name).exists() for name in marks):
         what = f", among others\n{listing(foreign, limit=5)}" if foreign else ""
         raise OutputError(f"exists and holds other things than a saved model{what}; choose another folder", path=output)

@@ -6,6 +6,7 @@ PEFT, resized embeddings, and adapters that are merged into it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,44 @@ def base_of(model: Any) -> Any:
     if not isinstance(inner, PreTrainedModel):
         raise RequestError(f"model is a {type(model).__name__}, expected one of transformers, or PEFT around one")
     return inner
+
+
+def state_of(inner: Any) -> dict[str, torch.Tensor]:
+    """Return the state dict of a transformers model, without the changes that bitsandbytes makes when asked for it.
+
+    For inference on some CPUs it repacks its 4-bit weights, and asked for their state it unpacks the model's own, with
+    other block scales than before. Here the state has the codes as they were, and the scales it computes with now.
+    """
+    packed = {path: module.weight for path, module in inner.named_modules() if _is_repacked(module)}
+    states = {path: weight.quant_state for path, weight in packed.items()}
+    try:
+        for weight in packed.values():
+            weight.quant_state = None  # what is left to save is the parameter
+        state: dict[str, torch.Tensor] = dict(inner.state_dict())
+    finally:
+        for path, weight in packed.items():
+            weight.quant_state = states[path]
+    for path, weight in packed.items():
+        state |= {f"{path}.{name}": part for name, part in _unpacked(weight).items()}
+    return state
+
+
+def _is_repacked(module: Any) -> bool:
+    weight = getattr(module, "weight", None) if "weight" in getattr(module, "_parameters", {}) else None
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def _unpacked(weight: Any) -> dict[str, torch.Tensor]:
+    """The parts of a repacked weight, as bitsandbytes writes one whose scales are not quantised."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    quant_state = copy.copy(weight.quant_state)
+    scales = quant_state.absmax.T.reshape(-1).float()
+    quant_state.original_nested = False  # its own way back would quantise the scales again
+    codes, quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, quant_state)
+    quant_state.absmax, quant_state.nested, quant_state.offset, quant_state.state2 = scales, False, None, None
+    parts: dict[str, torch.Tensor] = quant_state.as_dict(packed=True)
+    return {"weight": codes, **{f"weight.{name}": part for name, part in parts.items()}}
 
 
 def base_state(inner: Any, state: Mapping[str, torch.Tensor], *, trained_copies: bool) -> dict[str, torch.Tensor]:
