@@ -154,6 +154,10 @@ def parse_hub_options(
     for option, said in (("commit_message", commit_message), ("commit_description", commit_description)):
         _check_text(option, said)
     _check_revision(revision)
+    if create_pr and revision is not None:
+        raise RequestError(
+            f"create_pr is True and revision {revision!r}: a pull request is opened on the default branch"
+        )
     return HubOptions(
         repo_id=text,
         keep_folder=use_temp_dir is False,

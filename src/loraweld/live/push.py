@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from loraweld.live.machine import workspace
 from loraweld.live.parameters import HubOptions, SaveOptions
 from loraweld.live.save import CARD_NAME, save_model
 
+_STALE = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
+    r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"
+)
 _log = logging.getLogger("loraweld")
 _WRITING_ROLES = ("write", "fineGrained", "admin")
 
@@ -38,7 +43,7 @@ def push_model(model: Any, options: SaveOptions, hub: HubOptions) -> None:
     with workspace(options.temporary_location) as work:
         folder = Path(name) if hub.keep_folder else work / name
         save_model(model, replace(options, token=token), folder, card=card or "")
-        _upload(api, repo_id, folder, hub, exists)
+        _upload(api, repo_id, folder, hub, options, exists)
         if not hub.keep_folder:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -123,15 +128,16 @@ def _existing_card(api: Any, repo_id: str, hub: HubOptions) -> str | None:
     return None
 
 
-def _upload(api: Any, repo_id: str, folder: Path, hub: HubOptions, exists: bool) -> None:
+def _upload(api: Any, repo_id: str, folder: Path, hub: HubOptions, options: SaveOptions, exists: bool) -> None:
+    """One commit, whatever the number of files: `upload_folder` makes several of a large model."""
     with _explained(f"upload to {repo_id} failed"):
         if not exists:
             api.create_repo(repo_id, private=hub.private, exist_ok=True)
         if hub.revision is not None and not hub.revision.startswith("refs/"):
             api.create_branch(repo_id, branch=hub.revision, exist_ok=True)
-        done = api.upload_folder(
+        done = api.create_commit(
             repo_id=repo_id,
-            folder_path=folder,
+            operations=_operations(api, repo_id, folder, hub, options),
             commit_message=hub.commit_message,
             commit_description=hub.commit_description,
             create_pr=hub.create_pr,
@@ -139,3 +145,16 @@ def _upload(api: Any, repo_id: str, folder: Path, hub: HubOptions, exists: bool)
         )
     if hub.create_pr:
         _log.warning("pull request: %s", done.pr_url)
+
+
+def _operations(api: Any, repo_id: str, folder: Path, hub: HubOptions, options: SaveOptions) -> list[Any]:
+    """Add the files of the folder; weights of an earlier model that would be mixed with them go in the same commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    if options.method in ("lora", "gguf") or options.variant is not None:
+        return added
+    there = [sibling.rfilename for sibling in api.repo_info(repo_id, revision=hub.revision).siblings or ()]
+    stale = [name for name in there if _STALE.fullmatch(name) and name not in files]
+    return [*added, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
