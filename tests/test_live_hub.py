@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,23 @@ from test_live_parameters import names, tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore:tokenizer is None")
 
 
+@contextmanager
+def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the Hub's client talk to this one, without a stored login."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    huggingface_hub.utils.close_session()
+    yield
+    huggingface_hub.utils.close_session()
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with hub_server() as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-        huggingface_hub.utils.close_session()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with hub_server() as served, point_at(served, monkeypatch):
         yield served
-    huggingface_hub.utils.close_session()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from loraweld.errors import OutputError, RequestError, listing
 from loraweld.export.pipeline import completion
 from loraweld.live.adapters import LiveAdapters, as_in_memory, find_adapters, save_adapter
 from loraweld.live.card import card_text
-from loraweld.live.layout import as_pickles, with_variant
+from loraweld.live.layout import as_pickles, beside_export, with_variant
 from loraweld.live.machine import free_memory_bytes, workspace
 from loraweld.live.memory import tensors_as_file
 from loraweld.live.parameters import SaveOptions
@@ -105,10 +105,14 @@ def _save_merged(live: LiveModel, options: SaveOptions, output: Path, work: Path
         request = _request(options, folders, output, base)
         facts = facts_of(request, base, tuple(open_adapter(folder) for folder in folders))
         made = with_variant(_planned(request, facts, options), options.variant)
-        made = _with_card(made, live, options, card)
+        complete = completion(made, _log.info)
+        text = _card(live, options, output, card)
+        if complete is not None and text is not None:
+            made, complete = beside_export(made, complete, CARD_NAME, text)
+        else:
+            made = _with_card(made, text)
         for note in made.notes:
             _log.info(note)
-        complete = completion(made, _log.info)
         if not options.safe_serialization:
             made, complete = as_pickles(made, options.save_function)
         _check_replaceable(output, made)
@@ -139,7 +143,7 @@ def _save_lora(live: LiveModel, options: SaveOptions, output: Path, work: Path, 
         peak_memory_bytes=0,
         free_disk_bytes=shutil.disk_usage(_existing(output)).free,
     )
-    made = _with_card(made, live, options, card)
+    made = _with_card(made, _card(live, options, output, card))
     _check_replaceable(output, made)
     fulfil(request, made, None, progress=lambda count: None)
 
@@ -298,11 +302,12 @@ def _planned(request: MergeRequest, facts: Facts, options: SaveOptions) -> Merge
     return made
 
 
-def _with_card(made: MergePlan, live: LiveModel, options: SaveOptions, card: str | None) -> MergePlan:
+def _card(live: LiveModel, options: SaveOptions, output: Path, card: str | None) -> str | None:
+    """Return the text of README.md, None if there is nothing to say."""
     if not (options.tags or options.datasets or card is not None):
-        return made
-    text = card_text(
-        name=made.output.name,
+        return None
+    return card_text(
+        name=output.name,
         base=live.name or None,
         origin=live.origin,
         tags=options.tags,
@@ -310,6 +315,11 @@ def _with_card(made: MergePlan, live: LiveModel, options: SaveOptions, card: str
         method=options.method,
         existing=card or None,
     )
+
+
+def _with_card(made: MergePlan, text: str | None) -> MergePlan:
+    if text is None:
+        return made
     others = tuple(file for file in made.small if file.name != CARD_NAME)
     return replace(made, small=(*others, SmallFile(name=CARD_NAME, text=text)))
 
