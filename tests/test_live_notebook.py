@@ -20,6 +20,8 @@ import loraweld
 from gguf_models import save_smollm
 from live_models import with_adapter, write_base
 from loraweld import FastLanguageModel
+from loraweld.checkpoint.reader import Reader
+from loraweld.live.memory import tensors_as_file
 from models import logits, token_ids
 from test_live_parameters import tokenizer
 
@@ -166,3 +168,18 @@ def test_the_example_runs(tmp_path: Path) -> None:
     merged = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "results" / "merged").eval()
     start = words("The lighthouse of Quillan Bay is kept by a", return_tensors="pt")
     assert "heron" in words.decode(merged.generate(**start, max_new_tokens=4, do_sample=False)[0])
+
+
+@pytest.mark.parametrize("rows", [32, 96])
+def test_repacked_codes_are_put_in_order(rows: int) -> None:
+    """What bitsandbytes repacks is read as it was, in any range."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu, quantize_4bit
+
+    weight = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows))
+    codes, quant_state = quantize_4bit(weight, quant_type="nf4")
+    expected = codes.clone().view(-1)
+    repacked, _ = _convert_weight_packed_for_cpu(codes, quant_state)
+    with tensors_as_file({"codes": repacked}, repacked={repacked.data_ptr(): 64}) as file:
+        (stored,) = file.tensors
+        for start, count in ((0, len(expected)), (5, 70), (len(expected) // 2 - 1, 2), (len(expected) - 1, 1)):
+            assert bytes(Reader().read(stored, start, count)) == bytes(expected[start : start + count].tolist())

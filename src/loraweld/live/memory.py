@@ -21,12 +21,15 @@ _numbers = itertools.count()
 # Files of safetensors hold the types in this order, the widest first, and the names of a type in theirs.
 _ORDER = {code: -place for place, code in enumerate(DTYPES)}
 _ALIGNMENT = 4096
+_BLOCK_ROWS = 32
+_PIECE_BYTES = 1 << 20
 
 
 class TensorBytes:
     """Serves tensors of any layout and device as row-major bytes, one after the other."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], repacked: Mapping[int, int]) -> None:
+        self._repacked = repacked
         self._tensors: list[torch.Tensor] = []
         self.offsets: list[int] = []
         self.size = 0
@@ -42,7 +45,12 @@ class TensorBytes:
             return
         place = bisect_right(self.offsets, offset) - 1
         start = offset - self.offsets[place]
-        _copy_bytes(self._tensors[place], start, buffer)
+        tensor = self._tensors[place]
+        row_bytes = self._repacked.get(tensor.data_ptr())
+        if row_bytes is None:
+            _copy_bytes(tensor, start, buffer)
+        else:
+            _copy_unpacked(tensor.reshape(-1), start, buffer, row_bytes)
 
 
 def _copy_bytes(tensor: torch.Tensor, start: int, buffer: memoryview) -> None:
@@ -61,15 +69,42 @@ def _copy_bytes(tensor: torch.Tensor, start: int, buffer: memoryview) -> None:
     torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat[start - first * row : stop - first * row])
 
 
+def _copy_unpacked(flat: torch.Tensor, start: int, buffer: memoryview, row_bytes: int) -> None:
+    """A few blocks at a time: unpacking takes several times their memory."""
+    block = _BLOCK_ROWS * row_bytes
+    stop, step = start + len(buffer), max(1, _PIECE_BYTES // block) * block
+    target = torch.frombuffer(buffer, dtype=torch.uint8)
+    for first in range(start // block * block, stop, step):
+        codes = unpacked(flat[first : first + step], row_bytes).reshape(-1)
+        low, high = max(first, start), min(first + step, stop)
+        target[low - start : high - start] = codes[low - first : high - first]
+
+
+def unpacked(flat: torch.Tensor, row_bytes: int) -> torch.Tensor:
+    """Return the codes of whole blocks of rows as bitsandbytes stores them, (rows, row_bytes).
+
+    Repacked, a byte has the same element of two rows, 16 apart; stored, it has two elements of a row.
+
+    Source: `_convert_weight_packed_for_cpu` of bitsandbytes 0.50.2.
+    """
+    pairs = flat.view(-1, row_bytes, _BLOCK_ROWS // 2, 2)
+    rows = torch.cat([pairs & 15, pairs >> 4], dim=2).transpose(1, 2)
+    return ((rows[..., 0] << 4) | rows[..., 1]).reshape(-1, row_bytes)
+
+
 @contextmanager
-def tensors_as_file(tensors: Mapping[str, torch.Tensor]) -> Iterator[MemoryFile]:
+def tensors_as_file(
+    tensors: Mapping[str, torch.Tensor], *, repacked: Mapping[int, int] | None = None
+) -> Iterator[MemoryFile]:
     """Yield `tensors` as a file that can be read within the block.
+
+    `repacked`: bytes of a row of those that hold 4-bit codes in another order, by where they are.
 
     Raises:
         CheckpointError: a tensor of a type that safetensors does not have, or without data.
     """
     named = {name: tensors[name] for name in sorted(tensors, key=lambda name: (_ORDER[_code(name, tensors)], name))}
-    data = TensorBytes(named)
+    data = TensorBytes(named, repacked or {})
     path = Path(f"<memory {next(_numbers)}>") / "model"  # the number is no part of the name: records hold that
     stored = tuple(
         StoredTensor(name=name, dtype=_code(name, tensors), shape=tuple(tensor.shape), path=path, offset=offset)

@@ -30,7 +30,7 @@ from loraweld.live.layout import as_pickles, beside_export, with_variant
 from loraweld.live.machine import free_memory_bytes, workspace
 from loraweld.live.memory import tensors_as_file
 from loraweld.live.parameters import SaveOptions
-from loraweld.live.weights import base_of, base_state, checkpoint_tensors, state_of
+from loraweld.live.weights import base_of, base_state, checkpoint_tensors, repacked_rows, state_of
 from loraweld.planning.companions import override_files
 from loraweld.planning.facts import Facts, facts_of
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, SmallFile
@@ -99,7 +99,8 @@ def _save_merged(live: LiveModel, options: SaveOptions, output: Path, work: Path
     if live.adapters.merged or live.adapters.disabled:
         _say_adapters(live.adapters)
     state = base_state(live.inner, live.state, trained_copies=bool(live.adapters.merged))
-    with tensors_as_file(checkpoint_tensors(live.inner, state)) as file:
+    tensors = checkpoint_tensors(live.inner, state)
+    with tensors_as_file(tensors, repacked=repacked_rows(live.inner)) as file:
         base = _live_base(file, work / "base", live.name)
         folders = [_adapter_folder(live, name, work) for name in live.adapters.active]
         request = _request(options, folders, output, base)

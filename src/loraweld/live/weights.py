@@ -61,16 +61,23 @@ def _is_repacked(module: Any) -> bool:
 
 
 def _unpacked(weight: Any) -> dict[str, torch.Tensor]:
-    """The parts of a repacked weight, as bitsandbytes writes one whose scales are not quantised."""
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+    """The parts of a repacked weight, as bitsandbytes writes one whose scales are not quantised.
 
+    The codes are still as they are; `unpacked` in `memory` puts them in order when they are read.
+    """
     quant_state = copy.copy(weight.quant_state)
-    scales = quant_state.absmax.T.reshape(-1).float()
-    quant_state.original_nested = False  # its own way back would quantise the scales again
-    codes, quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, quant_state)
-    quant_state.absmax, quant_state.nested, quant_state.offset, quant_state.state2 = scales, False, None, None
+    quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
+    quant_state.nested, quant_state.offset, quant_state.state2 = False, None, None
+    quant_state.dtype = quant_state.original_dtype
     parts: dict[str, torch.Tensor] = quant_state.as_dict(packed=True)
+    codes = weight.data.view(quant_state.original_qshape)
     return {"weight": codes, **{f"weight.{name}": part for name, part in parts.items()}}
+
+
+def repacked_rows(inner: Any) -> dict[int, int]:
+    """Return the bytes of a row of each 4-bit weight that bitsandbytes has repacked, by where its codes are."""
+    weights = (module.weight for module in inner.modules() if _is_repacked(module))
+    return {weight.data_ptr(): int(weight.quant_state.shape[1]) // 2 for weight in weights}
 
 
 def base_state(inner: Any, state: Mapping[str, torch.Tensor], *, trained_copies: bool) -> dict[str, torch.Tensor]:
