@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.encodings.bnb4 import NESTED_BLOCKSIZE, Bnb4, state_bytes
-from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding
+from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, Source
 from loraweld.checkpoint.encodings.scaled import fp8_rows, llm_int8
 from loraweld.dtypes import NAME_BY_FLOAT_CODE
 from loraweld.errors import RequestError, listing
@@ -134,7 +135,22 @@ def _with_encoding(
     form = source if isinstance(source, EncodedTensor) and is_same else stored
     parts = _parts(recipe, encoding, form)
     searches = isinstance(encoding, Bnb4) and request.quantizer == "mse"
-    return replace(recipe, kind=kind, encoding=encoding, encoded_parts=parts, form=form, searches=searches)
+    return replace(
+        recipe,
+        source=_as_rows(source),
+        kind=kind,
+        encoding=encoding,
+        encoded_parts=parts,
+        form=form,
+        searches=searches,
+    )
+
+
+def _as_rows(source: Source) -> Source:
+    """A stack of matrices as one: encodings count the rows of all."""
+    if isinstance(source, EncodedTensor) or len(source.shape) < 3:
+        return source
+    return replace(source, shape=(math.prod(source.shape[:-1]), source.shape[-1]))
 
 
 def _is_same(one: Encoding, other: Encoding) -> bool:

@@ -24,12 +24,15 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if WORD_BITS % bits == 0:
         shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
         return (words.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1).flatten(-2)[..., :count]
-    # A code may cross the border of two words: look at both. The last has no next one.
-    stream = torch.nn.functional.pad(words.long().bitwise_and_(0xFFFFFFFF), (0, 1))
-    first = torch.arange(count) * bits
-    word, shift = first // WORD_BITS, first % WORD_BITS
-    codes = (stream[..., word] >> shift) | (stream[..., word + 1] << (WORD_BITS - shift))
-    return codes.bitwise_and_((1 << bits) - 1).int()
+    # A code may cross the border of two words; but eight codes are `bits` bytes: they are halved three times over.
+    num_eights = -(-count // 8)
+    stream = torch.nn.functional.pad(words, (0, 2)).view(torch.uint8)[..., : num_eights * bits]
+    eights = stream.reshape(*words.shape[:-1], num_eights, bits)
+    codes = torch.nn.functional.pad(eights, (0, 8 - bits)).view(torch.int64).squeeze(-1)
+    for level, dtype in ((2, torch.int32), (1, torch.int16), (0, torch.uint8)):
+        width = bits << level
+        codes = torch.stack([codes & ((1 << width) - 1), codes >> width], dim=-1).flatten(-2).to(dtype)
+    return codes[..., :count].int()
 
 
 def _group_of(source: EncodedTensor, reader: Reader, inputs: int, group: int, num_groups: int) -> torch.Tensor:
