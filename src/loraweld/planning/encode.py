@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.encodings.bnb4 import NESTED_BLOCKSIZE, Bnb4, state_bytes
-from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding
+from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, Source
 from loraweld.checkpoint.encodings.scaled import fp8_rows, llm_int8
 from loraweld.dtypes import NAME_BY_FLOAT_CODE
 from loraweld.errors import RequestError, listing
@@ -35,11 +36,12 @@ def encode_output(request: MergeRequest, base: Base, recipes: list[Recipe], ties
     """Give each recipe the encoding that the save method asks for.
 
     Raises:
-        RequestError: there is nothing to encode, or a module to skip that is not there.
+        RequestError: there is nothing to encode, a module to skip that is not there, or an encoded weight that grows.
     """
     if request.save_method == "merged_16bit":
         return EncodedOutput(recipes=recipes)
     if request.save_method == "preserve":
+        _check_sizes(recipes, base)
         kept = [_preserved(recipe, base, request) for recipe in recipes]
         return EncodedOutput(recipes=[*kept, *_of_runtime(base)], keeps_settings=True)
     chosen = [recipe for recipe in recipes if _is_chosen(recipe, request, base)]
@@ -78,6 +80,26 @@ def _encoded(recipe: Recipe, request: MergeRequest) -> Recipe:
     return _with_encoding(recipe, encoding, request)
 
 
+def _check_sizes(recipes: Sequence[Recipe], base: Base) -> None:
+    """Scales are laid out for the base's sizes; blocks of the flattened weight fit any.
+
+    Raises:
+        RequestError: an encoded weight comes out larger or smaller than it is stored.
+    """
+    other = [
+        f"{recipe.name}: {stored.encoding.kind} of {stored.shape}, will be {recipe.shape}"
+        for recipe in recipes
+        if isinstance(stored := base.tensors.get(recipe.name), EncodedTensor)
+        and recipe.shape != stored.shape
+        and not isinstance(stored.encoding, Bnb4)
+    ]
+    if other:
+        raise RequestError(
+            f"weights of another size than the base's cannot go back to its encoding:\n{listing(other)}\n"
+            "Give --save-method merged_16bit"
+        )
+
+
 def _preserved(recipe: Recipe, base: Base, request: MergeRequest) -> Recipe:
     """A weight that the base stores in an encoding goes back to it."""
     stored = base.tensors.get(recipe.name)
@@ -86,7 +108,7 @@ def _preserved(recipe: Recipe, base: Base, request: MergeRequest) -> Recipe:
     encoding = stored.encoding
     if isinstance(encoding, Bnb4) and recipe.kind != "decode":
         encoding = replace(encoding, state_bytes=state_bytes(stored.shape))
-    return _with_encoding(replace(recipe, dtype=stored.dtype), encoding, request)
+    return _with_encoding(replace(recipe, dtype=stored.dtype), encoding, request, stored)
 
 
 def _of_runtime(base: Base) -> list[Recipe]:
@@ -97,17 +119,38 @@ def _of_runtime(base: Base) -> list[Recipe]:
     ]
 
 
-def _with_encoding(recipe: Recipe, encoding: Encoding, request: MergeRequest) -> Recipe:
-    """Return the recipe with its parts; codes of the base that are in this encoding already are copied."""
+def _with_encoding(
+    recipe: Recipe, encoding: Encoding, request: MergeRequest, stored: EncodedTensor | None = None
+) -> Recipe:
+    """Return the recipe with its parts; codes of the base that are in this encoding already are copied.
+
+    `stored` is the base's weight of this name, if it goes back to its encoding.
+    """
     source = recipe.source
     is_same = isinstance(source, EncodedTensor) and _is_same(source.encoding, encoding) and source.dtype == recipe.dtype
     if isinstance(source, EncodedTensor) and is_same and not recipe.edits:
         parts = tuple(Part(role=role, name=t.name, dtype=t.dtype, shape=t.shape) for role, t in source.parts)
         return replace(recipe, kind="copy", encoding=source.encoding, encoded_parts=parts)
     kind = recipe.kind if recipe.kind in ("edit", "replace", "new") else "encode"
-    parts = _parts(recipe, encoding, source if isinstance(source, EncodedTensor) and is_same else None)
+    form = source if isinstance(source, EncodedTensor) and is_same else stored
+    parts = _parts(recipe, encoding, form)
     searches = isinstance(encoding, Bnb4) and request.quantizer == "mse"
-    return replace(recipe, kind=kind, encoding=encoding, encoded_parts=parts, searches=searches)
+    return replace(
+        recipe,
+        source=_as_rows(source),
+        kind=kind,
+        encoding=encoding,
+        encoded_parts=parts,
+        form=form,
+        searches=searches,
+    )
+
+
+def _as_rows(source: Source) -> Source:
+    """A stack of matrices as one: encodings count the rows of all."""
+    if isinstance(source, EncodedTensor) or len(source.shape) < 3:
+        return source
+    return replace(source, shape=(math.prod(source.shape[:-1]), source.shape[-1]))
 
 
 def _is_same(one: Encoding, other: Encoding) -> bool:

@@ -31,7 +31,7 @@ class Codebook:
     """16 values and the borders between neighbours."""
 
     def __init__(self, values: tuple[float, ...]) -> None:
-        self.values = torch.tensor(values)
+        self.values = torch.tensor(values) + 0.0  # FP4's -0 is stored as 0
         self._order = torch.argsort(self.values)
         ordered = self.values[self._order]
         self._borders = ((ordered[:-1] + ordered[1:]) / 2).numpy()

@@ -17,6 +17,7 @@ _SHARES = (1.0, 0.93, 0.87, 0.81, 0.75)
 _REACH = 1.35  # of the table: a little over 1 / the smallest share
 _STEPS = 4096
 _TINY = 1e-38
+_LEAST = 1e-30  # a block of zeros has no scale to divide by, and its inverse times _STEPS must be a float32
 
 
 class Values(Protocol):
@@ -55,7 +56,7 @@ class ScaleSearch:
 
     def _error(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor, share: float) -> torch.Tensor:
         """Return the squared error of each block at this share of its absmax, over its absmax squared."""
-        factor_B = (_STEPS / 2 / _REACH / share) / absmax_B.clamp(min=_TINY)
+        factor_B = (_STEPS / 2 / _REACH / share) / absmax_B.clamp(min=_LEAST)
         torch.mul(blocks_BS, factor_B[:, None], out=self._scaled)
         self._places.copy_(self._scaled.add_(_STEPS / 2 + 0.5))
         torch.index_select(self._errors, 0, self._places.view(-1), out=self._scaled.view(-1))
