@@ -4,20 +4,20 @@ The largest magnitude of a block, as scale, wastes codes on one element. Smaller
 nearer to their codes. A few are tried; then, for the codes of the best, the scale of least squares is taken:
 s = Σ w·q / Σ q².
 
-Shape letters: B = blocks, S = elements of a block, H = shares.
+Shape letters: B = blocks, S = elements of a block, P = pairs of shares, H = shares.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol
 
 import torch
 
 from loraweld.compute.codecs.bnb4 import in_pieces, piece_blocks
 
-_SHARES = (1.0, 0.93, 0.87, 0.81, 0.75)
-_REACH = 1.35  # of the table: a little over 1 / the smallest share
-_STEPS = 4096
+_SHARES = (1.0, 0.93, 0.87, 0.81, 0.75, 0.69)
+_STEPS = 2048  # of the table, from 0 to the absmax
 _TINY = 1e-38
 # Within these absmax no step of the search leaves float32.
 _LEAST, _LARGEST = 1e-35, 1e36
@@ -38,16 +38,13 @@ class ScaleSearch:
 
     def __init__(self, codebook: Values, blocksize: int) -> None:
         self._codebook = codebook
-        # The squared distance to the nearest value, at evenly spaced places from -_REACH to _REACH.
-        places = (torch.arange(_STEPS) - _STEPS / 2) * (2 * _REACH / _STEPS)
-        self._errors = (places[:, None] - codebook.values[None, :]).abs().amin(1).square_()
-        # At a share, the places from 0 to an absmax; the square of the share.
-        self._places_H1 = torch.tensor([_STEPS / 2 / _REACH / share for share in _SHARES])[:, None]
-        self._squares_H1 = torch.tensor([share**2 for share in _SHARES])[:, None]
+        self._tables = _error_tables(tuple(codebook.values.tolist()))
         self._blocksize = blocksize
         # Scratch, since fresh memory costs more than the arithmetic.
-        self._scaled_BS = torch.empty(piece_blocks(blocksize), blocksize)
-        self._places_BS = torch.empty(piece_blocks(blocksize), blocksize, dtype=torch.int32)
+        shape = piece_blocks(blocksize), blocksize
+        self._scaled_BS = torch.empty(shape)
+        self._places_BS = torch.empty(shape, dtype=torch.int32)
+        self._errors_BS = torch.empty(shape, dtype=torch.complex64)
 
     def scales(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
         """Return a scale for each block with an error no larger than that of its absmax.
@@ -65,21 +62,20 @@ class ScaleSearch:
 
     def _errors_of_shares(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
         """Return the squared error of each block at each share of its absmax, over its absmax squared."""
-        factors_HB = absmax_B.clamp(min=_LEAST).reciprocal_() * self._places_H1
-        errors_HB = torch.empty(factors_HB.shape)
-        pieces = in_pieces(self._blocksize, blocks_BS, factors_HB.T, errors_HB.T)
-        for blocks, factors_BH, errors_BH in pieces:
-            for factor_B, error_B in zip(factors_BH.unbind(1), errors_BH.unbind(1), strict=True):
-                self._error(blocks, factor_B, error_B)
-        return errors_HB.mul_(self._squares_H1)
+        factor_B = absmax_B.clamp(min=_LEAST).reciprocal_().mul_(_STEPS)
+        errors_BP = torch.empty(len(absmax_B), len(self._tables), dtype=torch.complex64)
+        for blocks, factor, out_BP in in_pieces(self._blocksize, blocks_BS, factor_B, errors_BP):
+            places = self._places(blocks, factor)
+            errors_BS = self._errors_BS[: len(blocks)]
+            for table, out in zip(self._tables, out_BP.unbind(1), strict=True):
+                torch.index_select(table, 0, places, out=errors_BS.view(-1))
+                torch.sum(errors_BS, 1, out=out)
+        return torch.view_as_real(errors_BP).view(len(absmax_B), -1).T
 
-    def _error(self, blocks_BS: torch.Tensor, factor_B: torch.Tensor, out_B: torch.Tensor) -> None:
-        """Write the squared error of each block, in which so many places are 1."""
-        scaled_BS, places_BS = self._scaled_BS[: len(blocks_BS)], self._places_BS[: len(blocks_BS)]
-        torch.mul(blocks_BS, factor_B[:, None], out=scaled_BS)
-        places_BS.copy_(scaled_BS.add_(_STEPS / 2 + 0.5))
-        torch.index_select(self._errors, 0, places_BS.view(-1), out=scaled_BS.view(-1))
-        torch.sum(scaled_BS, 1, out=out_B)
+    def _places(self, blocks_BS: torch.Tensor, factor_B: torch.Tensor) -> torch.Tensor:
+        """Return the place in the tables of each element."""
+        scaled_BS = torch.mul(blocks_BS, factor_B[:, None], out=self._scaled_BS[: len(blocks_BS)])
+        return self._places_BS[: len(blocks_BS)].copy_(scaled_BS.add_(_STEPS + 0.5)).view(-1)
 
     def _fit(
         self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor, fitted_B: torch.Tensor, squares_B: torch.Tensor
@@ -89,6 +85,14 @@ class ScaleSearch:
         values_BS = self._codebook.nearest(torch.mul(blocks_BS, inverse_B[:, None], out=room_BS)).view(room_BS.shape)
         torch.sum(torch.mul(values_BS, blocks_BS, out=room_BS), 1, out=fitted_B)
         torch.sum(torch.mul(values_BS, values_BS, out=room_BS), 1, out=squares_B)
+
+
+@cache
+def _error_tables(values: tuple[float, ...]) -> list[torch.Tensor]:
+    """Return the squared error of numbers from -1 to 1 at two shares each, as one complex number: one look for two."""
+    places = torch.arange(-_STEPS, _STEPS + 1) / _STEPS
+    errors = [(places[:, None] - share * torch.tensor(values)).abs().amin(1).square_() for share in _SHARES]
+    return [torch.complex(one, other) for one, other in zip(errors[::2], errors[1::2], strict=True)]
 
 
 def _best_shares(errors_HB: torch.Tensor) -> torch.Tensor:
