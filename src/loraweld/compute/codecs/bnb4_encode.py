@@ -3,7 +3,7 @@
 `absmax` scales make the bytes of `bitsandbytes.functional.quantize_4bit` 0.50.2; searched ones minimise the squared
 error of each block. With double quantisation the scales are known before the first code.
 
-Shape letters: B = blocks, S = elements of a block.
+Shape letters: B = blocks, S = elements of a block; K = blocks of block scales, N = scales in one.
 """
 
 from __future__ import annotations
@@ -211,27 +211,33 @@ class Nested:
     """
 
     def __init__(self, absmax_B: torch.Tensor) -> None:
-        offset = absmax_B.mean()
+        offset, count = absmax_B.mean(), len(absmax_B)
         self.offset = float(offset)
         self.codebook = dynamic_codebook()
-        rest = len(absmax_B) % NESTED_BLOCKSIZE
-        padding = NESTED_BLOCKSIZE - rest if rest else 0
-        blocks = torch.nn.functional.pad(absmax_B - offset, (0, padding)).view(-1, NESTED_BLOCKSIZE)
-        self.absmax = blocks.abs().amax(1)
-        scaled = blocks * (1.0 / self.absmax.clamp(min=_TINY))[:, None]
-        codes = _nearest(scaled.view(-1)).masked_fill_((self.absmax == 0).repeat_interleave(NESTED_BLOCKSIZE), 0)
-        self.codes_B = codes[: len(absmax_B)].to(torch.uint8)
-        values = self.codebook[codes].view(-1, NESTED_BLOCKSIZE) * self.absmax[:, None]
-        self.decoded_B = values.view(-1)[: len(absmax_B)] + offset
+        blocks = torch.nn.functional.pad(absmax_B - offset, (0, -count % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+        codes = torch.empty(blocks.shape, dtype=torch.uint8)
+        self.absmax = torch.empty(len(blocks))
+        for piece in in_pieces(NESTED_BLOCKSIZE, blocks, self.absmax, codes):
+            self._encode(*piece)
+        self.codes_B = codes.view(-1)[:count]
+        self.decoded_B = blocks.view(-1)[:count].add_(offset)
+
+    def _encode(self, blocks_KN: torch.Tensor, absmax_K: torch.Tensor, codes_KN: torch.Tensor) -> None:
+        """Write the scales and codes of some blocks, and over the blocks what they decode to."""
+        torch.amax(blocks_KN.abs(), 1, out=absmax_K)
+        places = _nearest_places(blocks_KN * (1.0 / absmax_K.clamp(min=_TINY))[:, None])
+        torch.index_select(_codes_of_places(), 0, places.view(-1), out=codes_KN.view(-1))
+        codes_KN.masked_fill_((absmax_K == 0)[:, None], 0)
+        torch.index_select(self.codebook, 0, codes_KN.view(-1).int(), out=blocks_KN.view(-1))
+        blocks_KN.mul_(absmax_K[:, None])
 
 
-def _nearest(scaled: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of the nearest values of the dynamic codebook for elements of [-1, 1].
+def _nearest_places(scaled: torch.Tensor) -> torch.Tensor:
+    """Return places in the table of codes for elements of [-1, 1].
 
-    As near as bitsandbytes finds them: by way of 65536 evenly spaced places.
+    bitsandbytes, too, finds the nearest values of the dynamic codebook by way of 65536 evenly spaced places.
     """
-    places = ((scaled + 1) * (_PLACES / 2) + 0.5).to(torch.int32).clamp_(0, _PLACES)
-    return torch.index_select(_codes_of_places(), 0, places)
+    return (scaled + 1).mul_(_PLACES / 2).add_(0.5).to(torch.int32).clamp_(0, _PLACES)
 
 
 @cache
@@ -240,9 +246,10 @@ def _codes_of_places() -> torch.Tensor:
     places = (torch.arange(_PLACES + 1).double() / (_PLACES / 2) - 1).float()
     right = torch.searchsorted(codebook, places).clamp_(1, len(codebook) - 1)
     is_right = (codebook[right] - places).abs() < (places - codebook[right - 1]).abs()
-    return torch.where(is_right, right, right - 1)
+    return torch.where(is_right, right, right - 1).to(torch.uint8)
 
 
+@cache
 def dynamic_codebook() -> torch.Tensor:
     """Return the 256 values of signed dynamic 8-bit floats, in order.
 
