@@ -42,18 +42,22 @@ class BlockDecoder:
 
     def __init__(self, codebook: torch.Tensor, blocksize: int) -> None:
         self._pairs = pair_table(codebook)
-        self._blocksize = blocksize
-        count = piece_blocks(blocksize) * blocksize // 2
-        self._places = torch.empty(count, dtype=torch.int32)
-        self._values = torch.empty(count, dtype=torch.int64)
+        blocks = piece_blocks(blocksize)
+        self._places = torch.empty(blocks * blocksize // 2, dtype=torch.int32)
+        self._values = torch.empty(blocks * blocksize // 2, dtype=torch.int64)
+        self._values_BS = self._values.view(torch.float32).view(blocks, blocksize)
 
     def decode(self, codes: torch.Tensor, absmax_B: torch.Tensor, out: torch.Tensor) -> None:
         """Write the values of whole blocks to `out`, rounded to its dtype."""
-        codes_BH, out_BS = codes.view(len(absmax_B), -1), out.view(len(absmax_B), -1)
-        for some, scales_B, made_BS in in_pieces(self._blocksize, codes_BH, absmax_B, out_BS):
-            places, values = self._places[: some.numel()], self._values[: some.numel()]
-            torch.index_select(self._pairs, 0, places.copy_(some.view(-1)), out=values)
-            torch.mul(values.view(torch.float32).view(made_BS.shape), scales_B[:, None], out=made_BS)
+        out_BS = out.view(len(absmax_B), -1)
+        blocks, half = self._values_BS.shape[0], len(self._values)
+        pieces = torch.split(codes, half), torch.split(absmax_B[:, None], blocks), torch.split(out_BS, blocks)
+        for some, scales_B1, made_BS in zip(*pieces, strict=True):
+            places, values, values_BS = self._places, self._values, self._values_BS
+            if len(some) < half:
+                places, values, values_BS = places[: len(some)], values[: len(some)], values_BS[: len(made_BS)]
+            torch.index_select(self._pairs, 0, places.copy_(some), out=values)
+            torch.mul(values_BS, scales_B1, out=made_BS)
 
 
 class Bnb4Decoder:
