@@ -12,6 +12,7 @@ from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.encodings.bnb4 import NESTED_BLOCKSIZE, Bnb4, state_bytes
 from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, Source
 from loraweld.checkpoint.encodings.scaled import fp8_rows, llm_int8
+from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import NAME_BY_FLOAT_CODE
 from loraweld.errors import RequestError, listing
 from loraweld.naming.linear import is_expert, is_linear, is_named
@@ -148,7 +149,7 @@ def _with_encoding(
 
 def _as_rows(source: Source) -> Source:
     """A stack of matrices as one: encodings count the rows of all."""
-    if isinstance(source, EncodedTensor) or len(source.shape) < 3:
+    if not isinstance(source, StoredTensor) or len(source.shape) < 3:
         return source
     return replace(source, shape=(math.prod(source.shape[:-1]), source.shape[-1]))
 
