@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +12,11 @@ from loraweld.checkpoint.encodings.bnb4 import NESTED_BLOCKSIZE, Bnb4, state_byt
 from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, Source
 from loraweld.checkpoint.encodings.scaled import fp8_rows, llm_int8
 from loraweld.checkpoint.stored import StoredTensor
-from loraweld.dtypes import NAME_BY_FLOAT_CODE
 from loraweld.errors import RequestError, listing
 from loraweld.naming.linear import is_expert, is_linear, is_named
 from loraweld.naming.tied import Tie
 from loraweld.planning.merge_plan import Part, Recipe
+from loraweld.planning.quantization_config import EXPERTS, SETTINGS
 from loraweld.request import MergeRequest
 
 
@@ -54,7 +53,7 @@ def encode_output(request: MergeRequest, base: Base, recipes: list[Recipe], ties
     names = {recipe.name for recipe in chosen}
     made = [_encoded(recipe, request) if recipe.name in names else recipe for recipe in recipes]
     skipped = _skipped(request, recipes, names, ties)
-    return EncodedOutput(recipes=made, settings=_SETTINGS[request.save_method](request, chosen[0].dtype, skipped))
+    return EncodedOutput(recipes=made, settings=SETTINGS[request.save_method](request, chosen[0].dtype, skipped))
 
 
 def _is_chosen(recipe: Recipe, request: MergeRequest, base: Base) -> bool:
@@ -190,14 +189,11 @@ def _skipped(request: MergeRequest, recipes: Sequence[Recipe], chosen: set[str],
     found: dict[str, None] = dict.fromkeys(request.skip_modules)
     for module in modules:
         if is_expert(f"{module}."):
-            end = _EXPERTS
+            end = EXPERTS
         else:
             end = ".".join(module.split(".")[-2:] if "." in module and _has_number(module) else module.split(".")[-1:])
         found[module if any(other.endswith(end) for other in encoded) else end] = None
     return list(found)
-
-
-_EXPERTS = r".*\.experts"
 
 
 def _has_number(module: str) -> bool:
@@ -206,49 +202,3 @@ def _has_number(module: str) -> bool:
 
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
-
-
-def _bitsandbytes(request: MergeRequest, dtype: str, skipped: list[str], **settings: Any) -> dict[str, Any]:
-    return {
-        "bnb_4bit_compute_dtype": NAME_BY_FLOAT_CODE[dtype],
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": request.quant_type,
-        "bnb_4bit_use_double_quant": request.double_quant,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skipped,
-        "llm_int8_threshold": 6.0,
-        "quant_method": "bitsandbytes",
-        **settings,
-    }
-
-
-def _bnb4_settings(request: MergeRequest, dtype: str, skipped: list[str]) -> dict[str, Any]:
-    """Source: `BitsAndBytesConfig` of transformers 5.23."""
-    return _bitsandbytes(request, dtype, skipped, load_in_4bit=True, load_in_8bit=False)
-
-
-def _int8_settings(request: MergeRequest, dtype: str, skipped: list[str]) -> dict[str, Any]:
-    return _bitsandbytes(request, dtype, skipped, load_in_4bit=False, load_in_8bit=True)
-
-
-def _fp8_settings(request: MergeRequest, dtype: str, skipped: list[str]) -> dict[str, Any]:
-    """Weights with a scale for each output, activations quantised as they come. Source: compressed-tensors 0.20."""
-    codes = {"num_bits": 8, "type": "float", "symmetric": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**codes, "strategy": "channel", "dynamic": False},
-                "input_activations": {**codes, "strategy": "token", "dynamic": True},
-            }
-        },
-        "ignore": [name if name == _EXPERTS else f"re:.*{re.escape(name)}$" for name in skipped],
-    }
-
-
-_SETTINGS = {"merged_4bit": _bnb4_settings, "merged_8bit": _int8_settings, "merged_fp8": _fp8_settings}
