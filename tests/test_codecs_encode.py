@@ -67,6 +67,7 @@ from loraweld.dtypes import DTYPES
 from loraweld.errors import LoraweldError, NumericsError
 from loraweld.planning import memory
 from loraweld.planning.merge_plan import Recipe
+from processes import run_python
 
 few, some = settings(max_examples=60), settings(max_examples=200)
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
@@ -855,6 +856,60 @@ def test_a_value_that_the_decoded_dtype_cannot_hold_is_refused(tmp_path: Path) -
     save_adapter(tmp_path / "adapter", factors, target_modules=[LAYER])
     with pytest.raises(LoraweldError, match=r"up_proj.weight', rows 0 to 15: has a value of .*too large for float16"):
         loraweld.merge(tmp_path / "adapter", base=source, output=tmp_path / "out", save_method="preserve")
+
+
+PEAK = """
+import resource, sys
+import loraweld, loraweld.execute.run
+from loraweld.planning.memory import LIBRARY_BYTES
+options = {"base": sys.argv[2], "output": sys.argv[3], "save_method": "preserve", "workers": 1}
+planned = loraweld.plan(sys.argv[1], **options).peak_memory_bytes - LIBRARY_BYTES
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loraweld.merge(sys.argv[1], **options)
+grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+assert grown <= planned, f"{grown} bytes, planned {planned}"
+"""
+
+
+@pytest.mark.parametrize("kind", ["packed", "gptq", "awq", "nvfp4", "mxfp4"])
+def test_a_weight_takes_no_more_memory_than_planned(kind: str, tmp_path: Path) -> None:
+    """One of 4096 x 4096, or 4 of 2048 x 2048; in a process that does nothing else."""
+    stored = large_weight(kind)
+    source = save_base(tmp_path / "base", stored.tensors, {**stored.config, "tie_word_embeddings": False})
+    if kind == "mxfp4":
+        saved = {EXPERTS: torch.randn(4, 2048, 2048).bfloat16()}
+        save_adapter(tmp_path / "adapter", saved, modules_to_save=["experts"], target_modules=["q_proj"])
+    else:
+        save_adapter(tmp_path / "adapter", lora(LAYER, (4096, 4096), rank=16))
+    done = run_python("-c", PEAK, tmp_path / "adapter", source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+
+
+def large_weight(kind: str) -> Stored:
+    """Random words; scales of groups of 128."""
+    generator, size, groups = torch.Generator().manual_seed(0), 4096, 32
+
+    def words(*shape: int) -> Tensor:
+        return random_bytes(generator, *shape[:-1], 4 * shape[-1]).view(torch.int32)
+
+    scale = scales(generator, (size, groups), torch.bfloat16)
+    if kind == "packed":
+        parts = {"weight_packed": words(size, 384), "weight_scale": scale, "weight_shape": torch.tensor([size, size])}
+        return Stored(of_layer(parts), compressed_config(torch.bfloat16, integer_scheme(3, group=128, symmetric=True)))
+    if kind == "gptq":
+        parts = {"qweight": words(1024, size), "qzeros": words(groups, 1024), "scales": scale.T.contiguous()}
+        return Stored(of_layer(parts), config_of("gptq", bits=8, group_size=128))
+    if kind == "awq":
+        parts = {"qweight": words(size, 512), "qzeros": words(groups, 512), "scales": scale.T.contiguous()}
+        return Stored(of_layer(parts), config_of("awq", bits=4, group_size=128))
+    if kind == "nvfp4":
+        of_blocks = scales(generator, (size, 256), torch.float32).to(torch.float8_e4m3fn)
+        parts = {"weight_packed": random_bytes(generator, size, 2048), "weight_scale": of_blocks}
+        config = config_of("compressed-tensors", config_groups={"group_0": {"weights": NVFP4}})
+        return Stored(of_layer(parts | {"weight_global_scale": torch.ones(1)}), config)
+    blocks = {"blocks": (4, 2048, 64, 16), "scales": (4, 2048, 64)}
+    tensors = {f"{EXPERTS}_{part}": codes(generator, grid, 7).to(torch.uint8) for part, grid in blocks.items()}
+    return Stored(tensors, config_of("mxfp4"), name=EXPERTS)
 
 
 # bitsandbytes
