@@ -14,78 +14,96 @@ from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraweld.checkpoint.encodings.bnb4 import CODEBOOKS, NESTED_BLOCKSIZE, Bnb4
-from loraweld.compute.codecs.bnb4 import BlockDecoder, in_pieces, pair_table, piece_blocks
+from loraweld.compute.codecs.bnb4 import BlockDecoder, in_pieces, piece_blocks
 from loraweld.compute.codecs.scale_search import ScaleSearch
+from loraweld.compute.scripted import scripted
 from loraweld.compute.tensors import torch_dtype
 
 _TINY = 1e-38  # bitsandbytes divides by no less
 _PLACES = 65535
+_IN_DOUBT = 128
+_ROUNDING = 1e-6  # of a place computed in float32
 
 
 class Codebook:
-    """16 values and the borders between neighbours; for one thread, since it keeps its scratch."""
+    """16 values and the borders between neighbours.
+
+    A code is looked up by one of 65,536 places between -1 and 1. The few elements whose place a border runs through are
+    compared with the borders themselves.
+    """
 
     def __init__(self, values: tuple[float, ...]) -> None:
         self.values = torch.tensor(values) + 0.0  # FP4's -0 is stored as 0
         order = torch.argsort(self.values)
         ordered = self.values[order]
-        self._borders = [np.array(border) for border in ((ordered[:-1] + ordered[1:]) / 2).numpy()]
-        self._pairs = pair_table(ordered)
+        self._borders = ((ordered[:-1] + ordered[1:]) / 2).numpy()
+        self._ranks_of_places = _ranks_of_places(self._borders)
         is_ordered = bool((order == torch.arange(16)).all())
         codes_of_ranks = (order.repeat_interleave(16) << 4) + order.repeat(16)
         self._codes_of_ranks = None if is_ordered else codes_of_ranks.to(torch.uint8)
-        self._scratch = _CodebookScratch(0)
 
-    def pack(self, scaled: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the codes of the values nearest to elements of [-1, 1] to `out`, two a byte, the earlier one higher."""
-        ranks = self._ranks(scaled)
+    def pack(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the codes of the values nearest to blocks times inverse scales, two a byte, the earlier one higher.
+
+        What lies outside [-1, 1] takes the outermost value.
+        """
+        ranks = self._ranks(blocks_BS, inverse_B)
         if self._codes_of_ranks is None:
             out.copy_(ranks)
         else:
-            torch.index_select(self._codes_of_ranks, 0, self._scratch.places[: len(ranks)].copy_(ranks), out=out)
+            torch.index_select(self._codes_of_ranks, 0, ranks.int(), out=out)
 
-    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Return the nearest value for each element of [-1, 1], flat; valid until the next call."""
-        ranks = self._ranks(scaled)
-        count = len(ranks)
-        values = self._scratch.values[:count]
-        torch.index_select(self._pairs, 0, self._scratch.places[:count].copy_(ranks), out=values)
-        return values.view(torch.float32)
-
-    def _ranks(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Return the ranks of the nearest values, the lower one of two, packed, as int16; valid until the next call.
-
-        A rank is the count of the borders below: 15 comparisons in vector registers are many times faster than a
-        search.
-        """
-        size = scaled.numel()
-        if len(self._scratch.above) < size:
-            self._scratch = _CodebookScratch(size)
-        values = scaled.view(-1).numpy()
-        above, count = self._scratch.above[:size], self._scratch.count[:size]
-        ones = above.view(np.uint8)
-        np.greater(values, self._borders[0], out=count.view(np.bool_))
-        for border in self._borders[1:]:
-            np.greater(values, border, out=above)
-            np.add(count, ones, out=count)
-        pairs = count.view("<u2")
+    def _ranks(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor) -> torch.Tensor:
+        """Return the ranks of the nearest values, the lower one of two, packed, as int16."""
+        ranks_BS = torch.empty(blocks_BS.shape, dtype=torch.uint8)
+        _look_up(blocks_BS, inverse_B[:, None], self._ranks_of_places, ranks_BS, piece_blocks(blocks_BS.shape[1]))
+        ranks = ranks_BS.view(-1).numpy()
+        in_doubt = np.flatnonzero(ranks >= _IN_DOUBT)
+        scaled = blocks_BS.view(-1).numpy()[in_doubt] * inverse_B.numpy()[in_doubt // blocks_BS.shape[1]]
+        ranks[in_doubt] = np.searchsorted(self._borders, scaled)
+        pairs = ranks.view("<u2")
         # The earlier rank is the lower byte: 0x0L0E · 0x1001 = 0xELxx.
         np.multiply(pairs, 0x1001, out=pairs)
         np.right_shift(pairs, 8, out=pairs)
         return torch.from_numpy(pairs.view("<i2"))
 
 
-class _CodebookScratch:
-    """Room for an even number of elements."""
+@scripted
+def _look_up(
+    blocks_BS: torch.Tensor, inverse_B1: torch.Tensor, table: torch.Tensor, out_BS: torch.Tensor, piece: int
+) -> None:
+    """Write what the table, whose places go from -1 to 1, has for each element times the inverse of its scale."""
+    count, size = blocks_BS.shape
+    room_BS = torch.empty([piece, size])
+    places_BS = torch.empty([piece, size], dtype=torch.int32)
+    last = float(table.size(0) - 1)
+    for start in range(0, count, piece):
+        stop = min(count, start + piece)
+        room, places = room_BS[: stop - start], places_BS[: stop - start]
+        torch.mul(blocks_BS[start:stop], inverse_B1[start:stop], out=room)
+        room.mul_(last / 2).add_(last / 2 + 0.5).clamp_(0.0, last)
+        places.copy_(room)
+        torch.index_select(table, 0, places.view(-1), out=out_BS[start:stop].view(-1))
 
-    def __init__(self, size: int) -> None:
-        self.above = np.empty(size, np.bool_)
-        self.count = np.empty(size, np.uint8)
-        self.places = torch.empty(size // 2, dtype=torch.int32)
-        self.values = torch.empty(size // 2, dtype=torch.int64)
+
+@scripted
+def _write_absmax(blocks_BS: torch.Tensor, out_B: torch.Tensor, piece: int) -> None:
+    """Write the largest magnitude of each block."""
+    for start in range(0, blocks_BS.size(0), piece):
+        blocks = blocks_BS[start : start + piece]
+        out_B[start : start + piece] = torch.maximum(blocks.amax(1), blocks.amin(1).neg_()).abs_()  # no -0
+
+
+def _ranks_of_places(borders: npt.NDArray[np.float32]) -> torch.Tensor:
+    """Return the number of borders below each place, or _IN_DOUBT where one may run through it."""
+    edges = (np.arange(_PLACES + 2) - 0.5) / (_PLACES / 2) - 1
+    below = np.searchsorted(borders, edges[:-1] - _ROUNDING)
+    above = np.searchsorted(borders, edges[1:] + _ROUNDING)
+    return torch.from_numpy(np.where(below == above, below, _IN_DOUBT).astype(np.uint8))
 
 
 class Bnb4Encoder:
@@ -97,12 +115,11 @@ class Bnb4Encoder:
         self._shape = shape
         self._dtype = torch_dtype(dtype)
         self._codebook = Codebook(CODEBOOKS[encoding.quant_type])
-        self._search = ScaleSearch(self._codebook, encoding.blocksize) if searches else None
+        self._search = ScaleSearch(self._codebook.values, encoding.blocksize) if searches else None
         self._count = math.prod(shape)
         self._absmax_B = torch.zeros(-(-self._count // encoding.blocksize))
         self._nested: Nested | None = None
         self._decoder = BlockDecoder(self._codebook.values, encoding.blocksize)
-        self._scaled_BS = torch.empty(piece_blocks(encoding.blocksize), encoding.blocksize)
         self._last = torch.empty(0), torch.empty(0), 0
 
     def observe(self, top: int, values_nC: torch.Tensor) -> None:
@@ -170,8 +187,7 @@ class Bnb4Encoder:
 
     def _set_scales(self, first: int, blocks_BS: torch.Tensor) -> None:
         absmax_B = self._absmax_B[first : first + len(blocks_BS)]
-        for blocks, out in in_pieces(self._encoding.blocksize, blocks_BS, absmax_B):
-            torch.amax(torch.abs(blocks, out=self._scaled_BS[: len(blocks)]), 1, out=out)
+        _write_absmax(blocks_BS, absmax_B, piece_blocks(self._encoding.blocksize))
         if self._is_cut(first):
             absmax_B.clamp_(min=_TINY)
         if self._search is not None:
@@ -181,13 +197,9 @@ class Bnb4Encoder:
         """Write the codes of blocks over their scales: searched ones as they will be read, else as bitsandbytes."""
         scales_B = (self._absmax_B if self._search is None else self._stored_scales())[first : first + len(blocks_BS)]
         if self._is_cut(first):
-            self._codebook.pack(blocks_BS / scales_B[:, None], out)
+            self._codebook.pack(blocks_BS / scales_B[:, None], torch.ones(1), out)
             return
-        inverse_B = 1.0 / scales_B.clamp(min=_TINY)
-        codes_BH = out.view(len(blocks_BS), -1)
-        for blocks, inverse, codes in in_pieces(self._encoding.blocksize, blocks_BS, inverse_B, codes_BH):
-            scaled = torch.mul(blocks, inverse[:, None], out=self._scaled_BS[: len(blocks)])
-            self._codebook.pack(scaled, codes.view(-1))
+        self._codebook.pack(blocks_BS, 1.0 / scales_B.clamp(min=_TINY), out)
 
     def _stored_scales(self) -> torch.Tensor:
         return self._absmax_B if self._nested is None else self._nested.decoded_B

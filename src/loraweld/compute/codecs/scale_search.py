@@ -1,50 +1,34 @@
 """The block scale of least squared error, for codebooks whose values a scale multiplies.
 
 The largest magnitude of a block, as scale, wastes codes on one element. Smaller scales clip it and bring the others
-nearer to their codes. A few are tried; then, for the codes of the best, the scale of least squares is taken:
-s = Σ w·q / Σ q².
+nearer to their codes. For the codes q that a scale gives to the weights w of a block, the best scale is that of least
+squares, s = Σ w·q / Σ q², and it leaves the error Σ w² - (Σ w·q)² / Σ q². A few shares of the largest magnitude are
+tried, and of their codes those are taken whose best scale leaves the least.
 
-Shape letters: B = blocks, S = elements of a block, P = pairs of shares, H = shares.
+Shape letters: B = blocks, S = elements of a block, H = shares.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
 
 import torch
 
-from loraweld.compute.codecs.bnb4 import in_pieces, piece_blocks
+from loraweld.compute.codecs.bnb4 import piece_blocks
+from loraweld.compute.scripted import scripted
 
-_SHARES = (1.0, 0.93, 0.87, 0.81, 0.75, 0.69)
-_STEPS = 2048  # of the table, from 0 to the absmax
-_TINY = 1e-38
+_SHARES = (1.0, 0.93, 0.87)
+_STEPS = 2048  # of the tables, from 0 to the absmax
 # Within these absmax no step of the search leaves float32.
 _LEAST, _LARGEST = 1e-35, 1e36
 
 
-class Values(Protocol):
-    """A codebook in [-1, 1]."""
-
-    @property
-    def values(self) -> torch.Tensor: ...
-
-    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Return the nearest value for each element, flat; valid until the next call."""
-
-
 class ScaleSearch:
-    """Finds scales for one codebook, within one thread."""
+    """Finds scales for one codebook with values in [-1, 1], within one thread."""
 
-    def __init__(self, codebook: Values, blocksize: int) -> None:
-        self._codebook = codebook
-        self._tables = _error_tables(tuple(codebook.values.tolist()))
+    def __init__(self, codebook: torch.Tensor, blocksize: int) -> None:
+        self._tables = _tables(tuple(codebook.tolist()))
         self._blocksize = blocksize
-        # Scratch, since fresh memory costs more than the arithmetic.
-        shape = piece_blocks(blocksize), blocksize
-        self._scaled_BS = torch.empty(shape)
-        self._places_BS = torch.empty(shape, dtype=torch.int32)
-        self._errors_BS = torch.empty(shape, dtype=torch.complex64)
 
     def scales(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
         """Return a scale for each block with an error no larger than that of its absmax.
@@ -53,52 +37,50 @@ class ScaleSearch:
         """
         if not float(absmax_B.amax()) < _LARGEST:
             return absmax_B
-        scales_B = absmax_B * _best_shares(self._errors_of_shares(blocks_BS, absmax_B))
-        fitted_B, squares_B = torch.empty_like(scales_B), torch.empty_like(scales_B)
-        inverse_B = 1.0 / scales_B.clamp(min=_TINY)
-        for blocks, *of_blocks in in_pieces(self._blocksize, blocks_BS, inverse_B, fitted_B, squares_B):
-            self._fit(blocks, *of_blocks)
-        return torch.where(squares_B > 0, fitted_B / squares_B, scales_B)
+        factor_B, gain_B = torch.ones_like(absmax_B), torch.zeros_like(absmax_B)
+        for products_B, squares_B in ((sums_B.real, sums_B.imag) for sums_B in self._sums(blocks_BS, absmax_B)):
+            fit_B = products_B / squares_B
+            # Not a number in a block of zeros: no share is better than 1 there.
+            gain = products_B.mul_(fit_B)
+            factor_B = torch.where(gain > gain_B, fit_B, factor_B)
+            gain_B = torch.fmax(gain, gain_B)
+        return factor_B.mul_(absmax_B)
 
-    def _errors_of_shares(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
-        """Return the squared error of each block at each share of its absmax, over its absmax squared."""
-        factor_B = absmax_B.clamp(min=_LEAST).reciprocal_().mul_(_STEPS)
-        errors_BP = torch.empty(len(absmax_B), len(self._tables), dtype=torch.complex64)
-        for blocks, factor, out_BP in in_pieces(self._blocksize, blocks_BS, factor_B, errors_BP):
-            places = self._places(blocks, factor)
-            errors_BS = self._errors_BS[: len(blocks)]
-            for table, out in zip(self._tables, out_BP.unbind(1), strict=True):
-                torch.index_select(table, 0, places, out=errors_BS.view(-1))
-                torch.sum(errors_BS, 1, out=out)
-        return torch.view_as_real(errors_BP).view(len(absmax_B), -1).T
+    def _sums(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
+        """Return Σ w·q over the absmax, and Σ q², of each block for the codes at each share, as complex numbers."""
+        factor_B1 = absmax_B.clamp(min=_LEAST).reciprocal_().mul_(_STEPS)[:, None]
+        sums_HB = torch.empty(len(_SHARES), len(absmax_B), dtype=torch.complex64)
+        _sum_up(blocks_BS, factor_B1, self._tables, sums_HB, piece_blocks(self._blocksize))
+        return sums_HB
 
-    def _places(self, blocks_BS: torch.Tensor, factor_B: torch.Tensor) -> torch.Tensor:
-        """Return the place in the tables of each element."""
-        scaled_BS = torch.mul(blocks_BS, factor_B[:, None], out=self._scaled_BS[: len(blocks_BS)])
-        return self._places_BS[: len(blocks_BS)].copy_(scaled_BS.add_(_STEPS + 0.5)).view(-1)
 
-    def _fit(
-        self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor, fitted_B: torch.Tensor, squares_B: torch.Tensor
-    ) -> None:
-        """Write Σ w·q and Σ q² of each block."""
-        room_BS = self._scaled_BS[: len(blocks_BS)]
-        values_BS = self._codebook.nearest(torch.mul(blocks_BS, inverse_B[:, None], out=room_BS)).view(room_BS.shape)
-        torch.sum(torch.mul(values_BS, blocks_BS, out=room_BS), 1, out=fitted_B)
-        torch.sum(torch.mul(values_BS, values_BS, out=room_BS), 1, out=squares_B)
+@scripted
+def _sum_up(
+    blocks_BS: torch.Tensor,
+    factor_B1: torch.Tensor,
+    tables: list[torch.Tensor],
+    sums_HB: torch.Tensor,
+    piece: int,
+) -> None:
+    """Write the sums over each block of what each table has at the places of its elements."""
+    count, size = blocks_BS.shape
+    scaled_BS = torch.empty([piece, size])
+    places_BS = torch.empty([piece, size], dtype=torch.int32)
+    terms_BS = torch.empty([piece, size], dtype=torch.complex64)
+    middle = float(tables[0].size(0) // 2)
+    for start in range(0, count, piece):
+        stop = min(count, start + piece)
+        scaled, places, terms = scaled_BS[: stop - start], places_BS[: stop - start], terms_BS[: stop - start]
+        torch.mul(blocks_BS[start:stop], factor_B1[start:stop], out=scaled)
+        places.copy_(scaled.add_(middle + 0.5))
+        for share, table in enumerate(tables):
+            torch.index_select(table, 0, places.view(-1), out=terms.view(-1))
+            sums_HB[share, start:stop] = terms.sum(1)
 
 
 @cache
-def _error_tables(values: tuple[float, ...]) -> list[torch.Tensor]:
-    """Return the squared error of numbers from -1 to 1 at two shares each, as one complex number: one look for two."""
-    places = torch.arange(-_STEPS, _STEPS + 1) / _STEPS
-    errors = [(places[:, None] - share * torch.tensor(values)).abs().amin(1).square_() for share in _SHARES]
-    return [torch.complex(one, other) for one, other in zip(errors[::2], errors[1::2], strict=True)]
-
-
-def _best_shares(errors_HB: torch.Tensor) -> torch.Tensor:
-    """Return the share of least error for each block, of equal ones the largest."""
-    shares_B, (least_B, *others) = torch.full(errors_HB.shape[1:], _SHARES[0]), errors_HB.unbind()
-    for share, error_B in zip(_SHARES[1:], others, strict=True):
-        shares_B = torch.where(error_B < least_B, share, shares_B)
-        least_B = torch.minimum(error_B, least_B)
-    return shares_B
+def _tables(values: tuple[float, ...]) -> list[torch.Tensor]:
+    """Return w·q and q² for weights w from -1 to 1, a table for each share, as complex numbers: one look for both."""
+    codebook, weights = torch.tensor(values), torch.arange(-_STEPS, _STEPS + 1) / _STEPS
+    nearest = [codebook[(weights[:, None] / share - codebook).abs().argmin(1)] for share in _SHARES]
+    return [torch.complex(weights * q, q * q) for q in nearest]
