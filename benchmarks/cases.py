@@ -1,4 +1,4 @@
-"""The cases, a shape and a rank each: their files, what each tool runs on them, and the samples that gives."""
+"""The cases: their files, what each tool runs on them, and the samples that gives."""
 
 from __future__ import annotations
 
@@ -10,62 +10,53 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from measuring import GB, MIB, REPO, BenchError, Sample, measure, say
 
-SYNTHETIC = REPO / "benchmarks" / "synthetic.py"
+BENCHMARKS = REPO / "benchmarks"
 LORAWELD = [sys.executable, "-m", "loraweld"]
 READ_BYTES = 8 << 20
-PEFT_IMPORTS = """\
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-"""
-PEFT_MERGE = """\
-base, adapter, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
-"""
 
 
 @dataclass(slots=True, kw_only=True)
 class Case:
-    """One shape and rank: where its files are, and the samples of each tool in the order they ran."""
+    """A base and an adapter: where they are, and the samples of each tool in the order they ran.
+
+    `commands`: what each tool runs, "{out}" and "{bytes}" standing for its output and for the bytes that the last
+    tool has written.
+    """
 
     shape: str
     rank: int
     base: Path
     adapter: Path
+    base_bytes: int
+    commands: dict[str, list[str]] = field(default_factory=dict)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
-    peft_failure: str = ""
+    failures: dict[str, str] = field(default_factory=dict)
+    output_bytes: int = 0
 
-    def commands(self, tool: str, out: Path) -> list[list[str]]:
-        """Return what a tool runs to leave its output on disk."""
-        base, adapter = str(self.base), str(self.adapter)
-        first = {
-            "cp": ["cp", "-r", base, str(out)],
-            "loraweld": [*LORAWELD, "merge", adapter, "--base", base, "-o", str(out), "--quiet"],
-            "PEFT": [sys.executable, "-c", PEFT_IMPORTS + PEFT_MERGE, base, adapter, str(out)],
-        }[tool]
-        return [first, ["sync", "-f", str(out)]]
+    @property
+    def name(self) -> str:
+        """Return how tables call it."""
+        return f"{self.shape} r {self.rank}"
+
+    def merge(self, *options: str) -> list[str]:
+        """Return the command line of a merge."""
+        return [*LORAWELD, "merge", str(self.adapter), "--base", str(self.base), "-o", "{out}", "--quiet", *options]
 
     def median(self, tool: str, what: Callable[[Sample], float]) -> float | None:
         """Return the median of a figure over the runs of a tool, or None without runs."""
         samples = self.samples.get(tool)
         return statistics.median(map(what, samples)) if samples else None
 
-    def pair_ratios(self) -> list[float]:
-        """Return wall time of loraweld / cp for each pair of neighbouring runs."""
-        pairs = zip(self.samples["loraweld"], self.samples["cp"], strict=True)
-        return [loraweld.wall_s / cp.wall_s for loraweld, cp in pairs]
-
-    def peft_ratio(self) -> float | None:
-        """Return median wall time of PEFT / loraweld."""
-        peft, loraweld = self.median("PEFT", wall), self.median("loraweld", wall)
-        return None if peft is None or loraweld is None else peft / loraweld
+    def pair_ratios(self, tool: str, other: str) -> list[float]:
+        """Return wall time of a tool / that of another for each pair of neighbouring runs."""
+        pairs = zip(self.samples[tool], self.samples[other], strict=True)
+        return [mine.wall_s / theirs.wall_s for mine, theirs in pairs]
 
 
 def wall(sample: Sample) -> float:
@@ -78,36 +69,39 @@ def peak_rss(sample: Sample) -> float:
     return sample.peak_rss_bytes
 
 
-def run_case(case: Case, work: Path, *, runs: int, peft_runs: int) -> None:
-    """Collect the samples of a case: cp and loraweld in turn, then PEFT, whose failure is only noted."""
-    order = ["cp", "loraweld"] * runs + ["PEFT"] * peft_runs
+def run_case(case: Case, work: Path, order: Sequence[str], *, may_fail: Collection[str] = ()) -> None:
+    """Collect the samples of a case in this order of tools; the failure of some is only noted."""
     for tool in order:
+        if tool in case.failures:
+            continue
         try:
             sample = run_tool(case, tool, work)
         except BenchError as error:
-            if tool != "PEFT":
+            if tool not in may_fail:
                 raise
-            say(f"PEFT failed: {error}")
-            case.peft_failure = f"exit code {error.exit_code}"
-            return
+            say(f"{tool} failed: {error}")
+            case.failures[tool] = f"exit code {error.exit_code}"
+            continue
         case.samples.setdefault(tool, []).append(sample)
 
 
 def run_tool(case: Case, tool: str, work: Path) -> Sample:
-    """Run a tool once under comparable conditions, remove its output and return its cost.
+    """Run a tool once under comparable conditions until its output is on disk, remove that and return the cost.
 
     Raises:
         BenchError: the tool failed.
     """
     out, log = work / "out", work / "log.txt"
+    command = [part.format(out=out, bytes=case.output_bytes) for part in case.commands[tool]]
     read_through(case.base)
     os.sync()  # dirty pages of whatever came before are not this run's to write
     try:
-        sample = functools.reduce(Sample.then, (measure(c, log) for c in case.commands(tool, out)))
+        sample = functools.reduce(Sample.then, (measure(c, log) for c in (command, ["sync", "-f", str(out)])))
+        case.output_bytes = sum(path.stat().st_size for path in out.iterdir())
     finally:
         for path in [out, *work.glob(".out*")]:  # also what a failed merge leaves to be resumed
             shutil.rmtree(path, ignore_errors=True)
-    say(f"{case.shape} r {case.rank} {tool}: {sample.wall_s:.2f} s, {sample.peak_rss_bytes / MIB:.0f} MiB")
+    say(f"{case.name} {tool}: {sample.wall_s:.2f} s, {sample.peak_rss_bytes / MIB:.0f} MiB")
     return sample
 
 
@@ -120,17 +114,26 @@ def read_through(folder: Path) -> None:
                 pass
 
 
-def write_inputs(work: Path, shape: str, rank: int, *, hollow: bool = False) -> Case:
-    """Write base and adapter unless an earlier run kept them, in a process of its own."""
-    base = work / (f"base-{shape}" + ("-hollow" if hollow else ""))
-    adapter = work / f"adapter-{base.name.removeprefix('base-')}-r{rank}"
-    write_folder(base, "base", "{}", shape, *(["--hollow"] if hollow else []))
-    write_folder(adapter, "adapter", "{}", str(base), shape, str(rank))
-    return Case(shape=shape, rank=rank, base=base, adapter=adapter)
+def write_inputs(work: Path, shape: str, rank: int, *, form: str = "bf16") -> Case:
+    """Write base and adapter unless an earlier run kept them, in a process of its own; `form`: a key of `BASES`."""
+    base = work / f"base-{shape}-{form}"
+    adapter = work / f"adapter-{shape}-{form}-r{rank}"
+    write_folder(base, *(part.format(shape=shape, folder="{}") for part in BASES[form]))
+    write_folder(adapter, "synthetic.py", "adapter", "{}", str(base), shape, str(rank))
+    base_bytes = sum(path.stat().st_size for path in base.iterdir())
+    return Case(shape=shape, rank=rank, base=base, adapter=adapter, base_bytes=base_bytes)
 
 
-def write_folder(folder: Path, *arguments: str) -> None:
-    """Let `synthetic.py` write a folder, given as `{}` in the arguments, unless it is there.
+# The script and its arguments that write a base.
+BASES = {
+    "bf16": ["synthetic.py", "base", "{folder}", "{shape}"],
+    "hollow": ["synthetic.py", "base", "{folder}", "{shape}", "--hollow"],
+    "nf4": ["synthetic_nf4.py", "{folder}", "{shape}"],
+}
+
+
+def write_folder(folder: Path, script: str, *arguments: str) -> None:
+    """Let one of our scripts write a folder, given as `{}` in the arguments, unless it is there.
 
     Raises:
         BenchError: it failed.
@@ -140,19 +143,19 @@ def write_folder(folder: Path, *arguments: str) -> None:
     say(f"writing {folder.name}")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    command = [sys.executable, str(SYNTHETIC), *(a.format(part) for a in arguments)]
+    command = [sys.executable, str(BENCHMARKS / script), *(a.format(part) for a in arguments)]
     if subprocess.run(command, check=False).returncode:
         raise BenchError(f"{shlex.join(command)} failed")
     part.rename(folder)
 
 
-def check_space(case: Case) -> None:
-    """Refuse to start if the disk cannot take an output.
+def check_space(case: Case, *, growth: float = 1.1) -> None:
+    """Refuse to start if the disk cannot take an output `growth` times as large as the base.
 
     Raises:
         BenchError: too little space.
     """
-    needed = sum(path.stat().st_size for path in case.base.iterdir()) * 11 // 10
+    needed = case.base_bytes * growth
     free = shutil.disk_usage(case.base).free
     if free < needed:
         raise BenchError(f"an output of {case.shape} needs {needed / GB:.1f} GB, {free / GB:.1f} GB are free")
@@ -170,7 +173,12 @@ def work_folder(parent: Path, *, keep: bool) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def remove_inputs(work: Path, shape: str) -> None:
-    """Remove base and adapters of a shape."""
-    for path in [work / f"base-{shape}", *work.glob(f"adapter-{shape}-r*")]:
-        shutil.rmtree(path)
+@contextlib.contextmanager
+def inputs_of(work: Path, shape: str, ranks: Sequence[int], *, form: str, keep: bool) -> Iterator[list[Case]]:
+    """Yield a case for each rank, and remove their files after the block unless told to keep them."""
+    try:
+        yield [write_inputs(work, shape, rank, form=form) for rank in ranks]
+    finally:
+        if not keep:
+            for path in [work / f"base-{shape}-{form}", *work.glob(f"adapter-{shape}-{form}-r*")]:
+                shutil.rmtree(path, ignore_errors=True)

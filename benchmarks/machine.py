@@ -13,6 +13,8 @@ from pathlib import Path
 
 from measuring import REPO
 
+OTHERS = ("transformers", "peft", "safetensors", "bitsandbytes", "compressed-tensors")
+
 
 def machine(work: Path) -> str:
     """Return what the numbers depend on: hardware, kernel, file system, versions, date and command."""
@@ -23,7 +25,7 @@ def machine(work: Path) -> str:
         "file system": output_of("df", "--output=fstype", str(work))[-1],
         "cp": output_of("cp", "--version")[0],
         "Python": platform.python_version(),
-        **{name: version(name) for name in ("loraweld", "torch", "transformers", "peft", "safetensors")},
+        **{name: version(name) for name in ("loraweld", "torch", "numpy", *OTHERS)},
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "command": f"`{command_line()}`",
     }

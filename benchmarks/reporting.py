@@ -1,75 +1,58 @@
-"""The report in Markdown: promises, tables, conditions."""
+"""The report in Markdown, part by part: promises, tables, conditions. A run replaces the parts that it has measured."""
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from cases import Case, peak_rss
+from cases import Case
 from machine import machine
 from measuring import GB, MIB, Sample, median_sample
 
 COST_HEADER = ["wall s", "CPU s", "peak RSS MiB", "read GB", "from disk GB", "written GB"]
-CONDITIONS = """\
-Each run is a fresh process followed by `sync -f` on the output, which counts into its time; `cp` is `cp
--r` of the base folder. Runs alternate (cp, loraweld, cp, loraweld, …, then PEFT), and each ratio
-loraweld / cp is of two neighbours. Before a run the base is read once and all dirty pages are written.
-No cache is dropped: a base that does not fit into free memory beside the output is partly cold, for all
-alike, and "from disk" says how much was fetched. Times include the start of Python and the imports.
-"read" counts read calls, not what is read through mmap. Peak RSS is the kernel's figure for the
-process, mapped file pages included; that of `cp` is the launcher's own, the least it can show. PEFT is
-`from_pretrained` in bfloat16, `merge_and_unload`, `save_pretrained`."""
+INTRO = """\
+# Benchmark results
+
+Written by `benchmarks/bench.py`. Weights are random, files and shapes those of the models named: 1B is Llama-3.2-1B,
+8B is Llama-3.1-8B. Adapters: float32, on all seven projections."""
+PROMISES = "Promises"
 
 
-def report(cases: Sequence[Case], startup: str, work: Path) -> str:
-    """Return the whole report as Markdown."""
-    parts = [
-        "# Benchmark results",
-        "Written by `benchmarks/bench.py`. Weights are random, files and shapes those of the models named: "
-        "1B is Llama-3.2-1B, 8B is Llama-3.1-8B, in bfloat16. Adapters: float32, on all seven projections.",
-        "## Promises",
-        "\n".join(promises(cases)),
-        "## Wall time compared",
-        ratios_table(cases),
-        "## Medians",
-        medians_table(cases),
-        "## Start-up",
-        startup,
-        "## Conditions",
-        CONDITIONS,
-        *peft_notes(cases),
-        machine(work),
-        "## Every run",
-        runs_table(cases),
-    ]
-    return "\n\n".join(parts) + "\n"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one part of the benchmark has to say: a line per promise, and blocks of Markdown."""
+
+    title: str
+    promises: Sequence[str]
+    blocks: Sequence[str]
 
 
-def promises(cases: Sequence[Case]) -> list[str]:
-    """Return a line per promise: holds, falls short, or not measured."""
-    peaks = [s.peak_rss_bytes / MIB for case in cases for s in case.samples["loraweld"]]
-    copies = [statistics.median(case.pair_ratios()) for case in cases]
-    pefts = [ratio for case in cases if (ratio := case.peft_ratio()) is not None]
-    growths = growth_ratios(cases)
-    return [
-        promise("peak memory ≤ 600 MiB", peaks, "MiB", lambda value: value <= 600),
-        promise("same peak memory for every shape and rank, ± 10 %", growths, "×", lambda v: 0.9 <= v <= 1.1),
-        promise("wall time ≤ 1.5 × cp", copies, "×", lambda value: value <= 1.5),
-        promise("at least 4 × as fast as PEFT", pefts, "×", lambda value: value >= 4),
-    ]
+def report(parts: Sequence[Part], old: str) -> str:
+    """Return the whole report: these parts in place of those of the same title in the old one, new ones at the end."""
+    sections = {title: text for title, text in split(old, "## ").items() if title}
+    promises = {title: text for title, text in split(sections.pop(PROMISES, ""), "### ").items() if title}
+    for part in parts:
+        sections[part.title] = "\n\n".join(part.blocks)
+        if part.promises:
+            promises[part.title] = "\n".join(part.promises)
+    first = "\n\n".join(f"### {title}\n\n{text}" for title, text in promises.items())
+    texts = [f"## {title}\n\n{text}" for title, text in {PROMISES: first, **sections}.items()]
+    return "\n\n".join([INTRO, *texts]) + "\n"
 
 
-def growth_ratios(cases: Sequence[Case]) -> list[float]:
-    """Return the peak memory of loraweld per case, over that of the first of its shape or rank."""
-    ratios = []
-    for number, case in enumerate(cases):
-        for same in ("shape", "rank"):
-            first = next(c for c in cases[: number + 1] if getattr(c, same) == getattr(case, same))
-            here, there = case.median("loraweld", peak_rss), first.median("loraweld", peak_rss)
-            if first is not case and here is not None and there is not None:
-                ratios.append(here / there)
-    return ratios
+def split(text: str, mark: str) -> dict[str, str]:
+    """Return the text under each heading that begins with this mark."""
+    found = re.split(f"^{mark}", text, flags=re.MULTILINE)
+    return {title: body.strip() for title, _, body in (section.partition("\n") for section in found[1:])}
+
+
+def printed(parts: Sequence[Part]) -> str:
+    """Return the parts alone, for a terminal."""
+    texts = (text for part in parts for text in (f"## {part.title}", "\n".join(part.promises), *part.blocks))
+    return "\n\n".join(filter(None, texts))
 
 
 def promise(text: str, values: Sequence[float], unit: str, holds: Callable[[float], bool]) -> str:
@@ -81,30 +64,37 @@ def promise(text: str, values: Sequence[float], unit: str, holds: Callable[[floa
     return f"- {verdict}: {text} (measured {min(values):.{digits}f} to {max(values):.{digits}f} {unit})"
 
 
-def ratios_table(cases: Sequence[Case]) -> str:
-    """Return how the wall times compare."""
+def conditions(text: str, work: Path) -> list[str]:
+    """Return the blocks that say how a part was measured and on what."""
+    return ["### Conditions", text, machine(work)]
+
+
+def peaks(cases: Iterable[Case], tools: Sequence[str]) -> list[float]:
+    """Return the peak memory of every run of these tools in MiB."""
+    return [s.peak_rss_bytes / MIB for case in cases for tool in tools for s in case.samples[tool]]
+
+
+def medians_table(cases: Sequence[Case], more: Mapping[str, Callable[[Case, Sample], str]] | None = None) -> str:
+    """Return the medians of every tool, with more columns if some are given."""
+    more = more or {}
     rows = []
     for case in cases:
-        ratios = case.pair_ratios()
-        cells = [statistics.median(ratios), min(ratios), max(ratios), case.peft_ratio()]
-        rows.append([f"{case.shape} r {case.rank}", *(show(cell, 2) for cell in cells)])
-    return table(["wall time", "loraweld / cp, median", "min", "max", "PEFT / loraweld"], rows)
+        for tool, samples in case.samples.items():
+            median = median_sample(samples)
+            cells = [*cost_cells(median), *(cell(case, median) for cell in more.values())]
+            rows.append([f"{case.name} {tool}", str(len(samples)), *cells])
+    return table(["median of", "runs", *COST_HEADER, *more], rows)
 
 
-def medians_table(cases: Sequence[Case]) -> str:
-    """Return the medians of every tool."""
-    rows = [
-        [f"{case.shape} r {case.rank} {tool}", str(len(samples)), *cost_cells(median_sample(samples))]
-        for case in cases
-        for tool, samples in case.samples.items()
-    ]
-    return table(["median of", "runs", *COST_HEADER], rows)
+def ratio_cells(ratios: Sequence[float]) -> list[str]:
+    """Return median, least and largest of the ratios of neighbouring runs."""
+    return [show(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]
 
 
 def runs_table(cases: Sequence[Case]) -> str:
     """Return every single run."""
     rows = [
-        [f"{case.shape} r {case.rank} {tool} {number}", *cost_cells(sample)]
+        [f"{case.name} {tool} {number}", *cost_cells(sample)]
         for case in cases
         for tool, samples in case.samples.items()
         for number, sample in enumerate(samples, start=1)
@@ -124,10 +114,10 @@ def cost_cells(sample: Sample) -> list[str]:
     ]
 
 
-def peft_notes(cases: Sequence[Case]) -> list[str]:
-    """Return what went wrong with PEFT, if anything did."""
-    failed = [f"{case.shape} r {case.rank} ({case.peft_failure})" for case in cases if case.peft_failure]
-    return [f"PEFT failed on {', '.join(failed)}."] if failed else []
+def failure_notes(cases: Sequence[Case]) -> list[str]:
+    """Return what went wrong with a tool, if anything did."""
+    failed = [f"{tool} on {case.name} ({why})" for case in cases for tool, why in case.failures.items()]
+    return [f"Failed: {', '.join(failed)}."] if failed else []
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

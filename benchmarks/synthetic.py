@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,23 @@ MAX_SHARD_BYTES = 5_000_000_000
 WEIGHT_STD = 0.02
 DELTA_RMS = 5e-4  # what fine-tuning leaves is about 2e-4 to 1e-3
 BF16_ONE = 0x3F80
-ITEM_BYTES = {"BF16": 2, "F32": 4}
+ITEM_BYTES = {"U8": 1, "BF16": 2, "F32": 4}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-Tensors = Mapping[str, tuple[int, ...]]
+
+class Stored(NamedTuple):
+    """What the header of a file says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes it takes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+Tensors = Mapping[str, Stored]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +93,20 @@ def write_base(folder: Path, shape: str, *, hollow: bool = False) -> None:
     weights = RandomWeights(seed=0)
     for name, tensors in shards.items():
         with (folder / name).open("wb") as file:
-            write_header(file, tensors, dtype="BF16")
+            write_header(file, tensors, sorted(tensors))
             if hollow:
-                file.truncate(file.tell() + sum(nbytes(t, "BF16") for t in tensors.values()))
+                file.truncate(file.tell() + sum(t.nbytes for t in tensors.values()))
                 continue
             for key in sorted(tensors):
-                weights.write(file, math.prod(tensors[key]), constant=key.endswith("norm.weight"))
+                weights.write(file, math.prod(tensors[key].shape), constant=key.endswith("norm.weight"))
+    write_small_files(folder, shards, config_json(spec))
+
+
+def write_small_files(folder: Path, shards: Mapping[str, Tensors], config: Mapping[str, Any]) -> None:
+    """Write what lies beside the weights of a checkpoint."""
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", index_json(shards))
-    write_json(folder / "config.json", config_json(spec))
+    write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
 
 
@@ -103,12 +121,12 @@ def write_adapter(folder: Path, base: Path, shape: str, rank: int, *, dtype: str
         dtype: "F32", as PEFT trains, or "BF16".
     """
     folder.mkdir(parents=True)
-    tensors = adapter_tensors(SHAPES[shape], rank)
+    tensors = adapter_tensors(SHAPES[shape], rank, dtype)
     rng = np.random.default_rng(1)
     with (folder / "adapter_model.safetensors").open("wb") as file:
-        write_header(file, tensors, dtype=dtype)
+        write_header(file, tensors, sorted(tensors))
         for key in sorted(tensors):
-            values = rng.standard_normal(math.prod(tensors[key]), dtype=np.float32)
+            values = rng.standard_normal(math.prod(tensors[key].shape), dtype=np.float32)
             values *= adapter_std(key, tensors, rank)
             file.write((values if dtype == "F32" else to_bf16(values)).data)
     write_json(folder / "adapter_config.json", adapter_json(base, rank))
@@ -143,27 +161,27 @@ def to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def base_tensors(spec: Shape) -> Tensors:
-    """Return the shape of each tensor of a model, in the order of its state dict."""
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab, spec.hidden)}
+    """Return the tensors of a model, in the order of its state dict."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab, spec.hidden)}
     for layer in range(spec.layers):
         for module, size in layer_projections(spec):
-            tensors[f"model.layers.{layer}.{module}.weight"] = size
+            shapes[f"model.layers.{layer}.{module}.weight"] = size
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{norm}.weight"] = (spec.hidden,)
-    tensors["model.norm.weight"] = (spec.hidden,)
+            shapes[f"model.layers.{layer}.{norm}.weight"] = (spec.hidden,)
+    shapes["model.norm.weight"] = (spec.hidden,)
     if not spec.tied:
-        tensors["lm_head.weight"] = (spec.vocab, spec.hidden)
-    return tensors
+        shapes["lm_head.weight"] = (spec.vocab, spec.hidden)
+    return {key: Stored("BF16", shape) for key, shape in shapes.items()}
 
 
-def adapter_tensors(spec: Shape, rank: int) -> Tensors:
-    """Return the shape of each tensor of an adapter, under PEFT's names."""
-    tensors: dict[str, tuple[int, ...]] = {}
+def adapter_tensors(spec: Shape, rank: int, dtype: str) -> Tensors:
+    """Return the tensors of an adapter, under PEFT's names."""
+    tensors: dict[str, Stored] = {}
     for layer in range(spec.layers):
         for module, (num_out, num_in) in layer_projections(spec):
             prefix = f"base_model.model.model.layers.{layer}.{module}"
-            tensors[f"{prefix}.lora_A.weight"] = (rank, num_in)
-            tensors[f"{prefix}.lora_B.weight"] = (num_out, rank)
+            tensors[f"{prefix}.lora_A.weight"] = Stored(dtype, (rank, num_in))
+            tensors[f"{prefix}.lora_B.weight"] = Stored(dtype, (num_out, rank))
     return tensors
 
 
@@ -181,7 +199,7 @@ def layer_projections(spec: Shape) -> Iterator[tuple[str, tuple[int, int]]]:
 
 def adapter_std(key: str, tensors: Tensors, rank: int) -> float:
     """Return the spread that A has in PEFT, and for B the one that gives the delta `DELTA_RMS`."""
-    num_in = tensors[key.replace("lora_B", "lora_A")][1]
+    num_in = tensors[key.replace("lora_B", "lora_A")].shape[1]
     a_std = 1 / math.sqrt(3 * num_in)
     scale = 2.0
     return a_std if "lora_A" in key else DELTA_RMS / (scale * math.sqrt(rank) * a_std)
@@ -189,31 +207,26 @@ def adapter_std(key: str, tensors: Tensors, rank: int) -> float:
 
 def shard_tensors(tensors: Tensors) -> dict[str, Tensors]:
     """Pack tensors greedily into shards under the names that transformers gives them."""
-    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    groups: list[dict[str, Stored]] = [{}]
     free = MAX_SHARD_BYTES
-    for key, size in tensors.items():
-        if groups[-1] and nbytes(size, "BF16") > free:
+    for key, stored in tensors.items():
+        if groups[-1] and stored.nbytes > free:
             groups.append({})
             free = MAX_SHARD_BYTES
-        groups[-1][key] = size
-        free -= nbytes(size, "BF16")
+        groups[-1][key] = stored
+        free -= stored.nbytes
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": g for n, g in enumerate(groups, start=1)}
 
 
-def nbytes(size: tuple[int, ...], dtype: str) -> int:
-    """Return how many bytes a tensor takes."""
-    return math.prod(size) * ITEM_BYTES[dtype]
-
-
-def write_header(file: BinaryIO, tensors: Tensors, *, dtype: str) -> None:
-    """Write the head of a safetensors file whose data follows in the order of the names."""
+def write_header(file: BinaryIO, tensors: Tensors, order: Sequence[str]) -> None:
+    """Write the head of a safetensors file whose data follows in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key in sorted(tensors):
-        start, end = end, end + nbytes(tensors[key], dtype)
-        header[key] = {"dtype": dtype, "shape": tensors[key], "data_offsets": [start, end]}
+    for key in order:
+        start, end = end, end + tensors[key].nbytes
+        header[key] = {"dtype": tensors[key].dtype, "shape": tensors[key].shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -226,10 +239,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def index_json(shards: Mapping[str, Tensors]) -> dict[str, Any]:
     """Return the index of a sharded checkpoint."""
-    sizes = [size for tensors in shards.values() for size in tensors.values()]
+    stored = [tensor for tensors in shards.values() for tensor in tensors.values()]
     metadata = {
-        "total_parameters": sum(map(math.prod, sizes)),
-        "total_size": sum(nbytes(s, "BF16") for s in sizes),
+        "total_parameters": sum(math.prod(tensor.shape) for tensor in stored),
+        "total_size": sum(tensor.nbytes for tensor in stored),
     }
     return {
         "metadata": metadata,
@@ -289,7 +302,7 @@ def parse_args() -> argparse.Namespace:
     adapter.add_argument("base", type=Path)
     adapter.add_argument("shape", choices=SHAPES)
     adapter.add_argument("rank", type=int)
-    adapter.add_argument("--dtype", choices=ITEM_BYTES, default="F32", help="default F32")
+    adapter.add_argument("--dtype", choices=["F32", "BF16"], default="F32", help="default F32")
     return parser.parse_args()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import quantize_4bit
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -157,3 +158,52 @@ def nf4(weight: Tensor, **options: Any) -> dict[str, Tensor]:
     """Return a weight as bitsandbytes stores it; `options` are those of quantize_4bit."""
     quantised, state = quantize_4bit(weight, **options)
     return {WEIGHT: quantised, **{f"{WEIGHT}.{key}": part for key, part in state.as_dict(packed=True).items()}}
+
+
+def compressed_config(dtype: torch.dtype, *schemes: dict[str, Any], **more: Any) -> dict[str, Any]:
+    groups = {f"group_{i}": {"targets": ["Linear"], "weights": args} for i, args in enumerate(schemes)}
+    names = {kind: name for name, kind in FLOATS.items()}
+    return config_of("compressed-tensors", dtype=names[dtype], config_groups=groups, **more)
+
+
+def scheme_of(args: dict[str, Any]) -> QuantizationScheme:
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
+
+
+def integer_scheme(bits: int, *, group: int | None, symmetric: bool, whole: bool = False) -> dict[str, Any]:
+    strategy = {"strategy": "tensor" if whole else "channel"} if group is None else {"strategy": "group"}
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "group_size": group, **strategy}
+
+
+@st.composite
+def integer_weights(draw: st.DrawFn, bits: st.SearchStrategy[int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Arguments of compressed-tensors and a weight with scales and zeros that fit them."""
+    generator, group, rows = draw(generators()), draw(st.none() | sizes(40)), draw(sizes(40))
+    cols = draw(sizes(200)) if group is None else group * draw(sizes(6))
+    whole = group is None and draw(st.booleans())
+    args = integer_scheme(draw(bits), group=group, symmetric=draw(st.booleans()), whole=whole)
+    scale = scales(
+        generator, (1,) if whole else (rows, cols // (group or cols)), draw(st.sampled_from([*FLOATS.values()]))
+    )
+    half = 2 ** (args["num_bits"] - 1)
+    tensors = {"weight": torch.randn(rows, cols, generator=generator) * 0.05 * half, "weight_scale": scale}
+    if not args["symmetric"]:
+        tensors["weight_zero_point"] = (codes(generator, scale.shape, args["num_bits"]) - half).to(torch.int8)
+    return args, tensors
+
+
+GPTQ_SETTINGS: dict[str, dict[str, Any]] = {
+    "gptq": {},
+    "gptqmodel": {"checkpoint_format": "gptq", "meta": {"quantizer": ["gptqmodel:5.0.0"]}},
+    "gptq_v2": {"format": "gptq_v2"},
+}
+
+
+def packed_zeros(zeros: Tensor, bits: int, form: str) -> Tensor:
+    """v2: as they are. v1: one less modulo 2**bits; GPTQModel subtracts from whole words, but not at 3 bits."""
+    if form == "gptq_v2":
+        return pack_rows(zeros, bits)
+    if form == "gptq" or bits == 3:
+        return pack_rows((zeros - 1) % 2**bits, bits)
+    ones = pack_rows(torch.ones(1, 32 // bits, dtype=torch.int64), bits)
+    return ((pack_rows(zeros, bits).long() - ones + 2**31) % 2**32 - 2**31).int()

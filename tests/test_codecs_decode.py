@@ -17,7 +17,6 @@ from bitsandbytes.functional import (
 )
 from compressed_tensors.compressors.naive_quantized import NaiveQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,16 +31,20 @@ from encoded_bases import (
     assert_same_bits,
     check_decoding,
     codes,
+    compressed_config,
     config_of,
     decoded,
     generators,
     grouped_weight,
+    integer_scheme,
+    integer_weights,
     nf4,
     of_layer,
     opened,
     pack_rows,
     random_bytes,
     scales,
+    scheme_of,
     sizes,
 )
 
@@ -206,38 +209,6 @@ def test_fp8_with_one_scale_or_one_a_row(data: st.DataObject, generator: torch.G
 
 
 # compressed-tensors
-
-
-def compressed_config(dtype: torch.dtype, *schemes: dict[str, Any], **more: Any) -> dict[str, Any]:
-    groups = {f"group_{i}": {"targets": ["Linear"], "weights": args} for i, args in enumerate(schemes)}
-    names = {kind: name for name, kind in FLOATS.items()}
-    return config_of("compressed-tensors", dtype=names[dtype], config_groups=groups, **more)
-
-
-def scheme_of(args: dict[str, Any]) -> QuantizationScheme:
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
-
-
-def integer_scheme(bits: int, *, group: int | None, symmetric: bool, whole: bool = False) -> dict[str, Any]:
-    strategy = {"strategy": "tensor" if whole else "channel"} if group is None else {"strategy": "group"}
-    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "group_size": group, **strategy}
-
-
-@st.composite
-def integer_weights(draw: st.DrawFn, bits: st.SearchStrategy[int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Arguments of compressed-tensors and a weight with scales and zeros that fit them."""
-    generator, group, rows = draw(generators()), draw(st.none() | sizes(40)), draw(sizes(40))
-    cols = draw(sizes(200)) if group is None else group * draw(sizes(6))
-    whole = group is None and draw(st.booleans())
-    args = integer_scheme(draw(bits), group=group, symmetric=draw(st.booleans()), whole=whole)
-    scale = scales(
-        generator, (1,) if whole else (rows, cols // (group or cols)), draw(st.sampled_from([*FLOATS.values()]))
-    )
-    half = 2 ** (args["num_bits"] - 1)
-    tensors = {"weight": torch.randn(rows, cols, generator=generator) * 0.05 * half, "weight_scale": scale}
-    if not args["symmetric"]:
-        tensors["weight_zero_point"] = (codes(generator, scale.shape, args["num_bits"]) - half).to(torch.int8)
-    return args, tensors
 
 
 @settings(max_examples=300)

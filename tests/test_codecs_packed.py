@@ -6,19 +6,17 @@ Microscaling Formats 1.0; MXFP4 also as transformers decodes it, NVFP4 as compre
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import strategies  # noqa: F401  (the profile of hypothesis)
 from encoded_bases import (
     FLOATS,
+    GPTQ_SETTINGS,
     HALVES,
     check_decoding,
     codes,
@@ -28,6 +26,7 @@ from encoded_bases import (
     of_layer,
     pack_awq,
     pack_rows,
+    packed_zeros,
     random_bytes,
     scales,
     sizes,
@@ -118,23 +117,6 @@ def test_gptq(data: st.DataObject, generator: torch.Generator, bits: int, form: 
         parts["g_idx"] = group_of.to(data.draw(st.sampled_from([torch.int32, torch.int64])))
     config = config_of("gptq", bits=bits, group_size=group, **GPTQ_SETTINGS[form])
     check_decoding(data, of_layer(parts), config, grouped_weight(values, zeros, scale, group_of))
-
-
-GPTQ_SETTINGS: dict[str, dict[str, Any]] = {
-    "gptq": {},
-    "gptqmodel": {"checkpoint_format": "gptq", "meta": {"quantizer": ["gptqmodel:5.0.0"]}},
-    "gptq_v2": {"format": "gptq_v2"},
-}
-
-
-def packed_zeros(zeros: Tensor, bits: int, form: str) -> Tensor:
-    """v2: as they are. v1: one less modulo 2**bits; GPTQModel subtracts from whole words, but not at 3 bits."""
-    if form == "gptq_v2":
-        return pack_rows(zeros, bits)
-    if form == "gptq" or bits == 3:
-        return pack_rows((zeros - 1) % 2**bits, bits)
-    ones = pack_rows(torch.ones(1, 32 // bits, dtype=torch.int64), bits)
-    return ((pack_rows(zeros, bits).long() - ones + 2**31) % 2**32 - 2**31).int()
 
 
 @few

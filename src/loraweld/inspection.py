@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,6 +69,7 @@ def _model(base: Base) -> dict[str, Any]:
         "files": [{"name": file.path.name, "bytes": file.file_bytes} for file in base.files],
         "encodings": dict(Counter(t.encoding.kind for t in base.tensors.values() if isinstance(t, EncodedTensor))),
         **_totals(base.stored.values()),
+        "parameters": sum(math.prod(tensor.shape) for tensor in base.tensors.values()),
         **({"merged_from": read_json_object(record)} if record.exists() else {}),
     }
 

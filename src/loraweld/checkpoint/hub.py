@@ -58,7 +58,7 @@ def locate_config(name: str, *, revision: str | None = None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    with _explained(name, revision):
+    with _explained(name, revision, option="--merge-base quantized-from:FOLDER"):
         return Path(_config(name, revision)).parent
 
 
@@ -84,7 +84,7 @@ def _snapshot(repo_id: str, revision: str | None) -> Located:
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+def _explained(repo_id: str, revision: str | None, *, option: str = "--base") -> Iterator[None]:
     """Turn what the Hub's client raises into one message for the user."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -93,12 +93,12 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         yield
     except HFValidationError:
         raise CheckpointError(
-            f"base {repo_id!r} is neither a folder nor a valid Hub id; give its folder with --base"
+            f"base {repo_id!r} is neither a folder nor a valid Hub id; give its folder with {option}"
         ) from None
     except LocalEntryNotFoundError:
         raise CheckpointError(
             f"base {repo_id!r}{at} is not in the local Hub cache and the Hub cannot be reached; "
-            "give its folder with --base, or go online (HF_HUB_OFFLINE unset)"
+            f"give its folder with {option}, or go online (HF_HUB_OFFLINE unset)"
         ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -137,6 +137,15 @@ class EditSession:
             error = span.apply(tile_nC, base_nC, top, error)
         return Tile(tile_nC, base_nC, error)
 
+    def check(self, tile: Tile, top: int, bottom: int) -> None:
+        """Make sure that an edited tile exists in the recipe's dtype.
+
+        Raises:
+            NumericsError: it does not; names the tensor.
+        """
+        with self.named(f"rows {top} to {bottom - 1}"):
+            self._rounder.round(tile.values_nC, torch.empty(tile.values_nC.shape, dtype=self._rounder.dtype), 0.0)
+
     def compute(self, top: int, bottom: int, out: memoryview) -> None:
         """Write the output bytes of rows [top, bottom), one of `tiles`, to `out`.
 

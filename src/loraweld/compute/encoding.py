@@ -12,7 +12,6 @@ from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.encoder import open_encoder
 from loraweld.compute.editor import EditSession, Outcome, Scratch, TensorEditor
 from loraweld.compute.fidelity import Fidelity
-from loraweld.compute.rounding import check_finite
 from loraweld.planning.merge_plan import Recipe
 
 _SESSION_ELEMENTS = 1 << 24
@@ -34,7 +33,7 @@ class WeightEncoding:
         """Yield the bytes of codes and scales in the order of the recipe's parts.
 
         Raises:
-            NumericsError: a value is not finite; names the tensor.
+            NumericsError: a value does not exist in the weight's dtype; names the tensor.
             CheckpointError: the source cannot be read.
         """
         if self._encoder.observes:
@@ -64,8 +63,7 @@ class WeightEncoding:
 
     def _encode(self, session: EditSession, top: int, bottom: int) -> torch.Tensor:
         tile = session.edited(top, bottom)
-        with session.named(f"rows {top} to {bottom - 1}"):
-            check_finite(tile.values_nC)
+        session.check(tile, top, bottom)
         codes = self._encoder.encode(top, tile.values_nC)
         if self._recipe.edits:
             stored_nC = self._encoder.decoded()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.encodings.bnb4 import NESTED_BLOCKSIZE, Bnb4, state_bytes
-from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding
+from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, Source
 from loraweld.checkpoint.encodings.scaled import fp8_rows, llm_int8
-from loraweld.dtypes import NAME_BY_FLOAT_CODE
+from loraweld.checkpoint.stored import StoredTensor
 from loraweld.errors import RequestError, listing
 from loraweld.naming.linear import is_expert, is_linear, is_named
 from loraweld.naming.tied import Tie
 from loraweld.planning.merge_plan import Part, Recipe
+from loraweld.planning.quantization_config import EXPERTS, SETTINGS
 from loraweld.request import MergeRequest
 
 
@@ -35,11 +36,12 @@ def encode_output(request: MergeRequest, base: Base, recipes: list[Recipe], ties
     """Give each recipe the encoding that the save method asks for.
 
     Raises:
-        RequestError: there is nothing to encode, or a module to skip that is not there.
+        RequestError: there is nothing to encode, a module to skip that is not there, or an encoded weight that grows.
     """
     if request.save_method == "merged_16bit":
         return EncodedOutput(recipes=recipes)
     if request.save_method == "preserve":
+        _check_sizes(recipes, base)
         kept = [_preserved(recipe, base, request) for recipe in recipes]
         return EncodedOutput(recipes=[*kept, *_of_runtime(base)], keeps_settings=True)
     chosen = [recipe for recipe in recipes if _is_chosen(recipe, request, base)]
@@ -51,7 +53,7 @@ def encode_output(request: MergeRequest, base: Base, recipes: list[Recipe], ties
     names = {recipe.name for recipe in chosen}
     made = [_encoded(recipe, request) if recipe.name in names else recipe for recipe in recipes]
     skipped = _skipped(request, recipes, names, ties)
-    return EncodedOutput(recipes=made, settings=_SETTINGS[request.save_method](request, chosen[0].dtype, skipped))
+    return EncodedOutput(recipes=made, settings=SETTINGS[request.save_method](request, chosen[0].dtype, skipped))
 
 
 def _is_chosen(recipe: Recipe, request: MergeRequest, base: Base) -> bool:
@@ -78,6 +80,26 @@ def _encoded(recipe: Recipe, request: MergeRequest) -> Recipe:
     return _with_encoding(recipe, encoding, request)
 
 
+def _check_sizes(recipes: Sequence[Recipe], base: Base) -> None:
+    """Scales are laid out for the base's sizes; blocks of the flattened weight fit any.
+
+    Raises:
+        RequestError: an encoded weight comes out larger or smaller than it is stored.
+    """
+    other = [
+        f"{recipe.name}: {stored.encoding.kind} of {stored.shape}, will be {recipe.shape}"
+        for recipe in recipes
+        if isinstance(stored := base.tensors.get(recipe.name), EncodedTensor)
+        and recipe.shape != stored.shape
+        and not isinstance(stored.encoding, Bnb4)
+    ]
+    if other:
+        raise RequestError(
+            f"weights of another size than the base's cannot go back to its encoding:\n{listing(other)}\n"
+            "Give --save-method merged_16bit"
+        )
+
+
 def _preserved(recipe: Recipe, base: Base, request: MergeRequest) -> Recipe:
     """A weight that the base stores in an encoding goes back to it."""
     stored = base.tensors.get(recipe.name)
@@ -86,7 +108,7 @@ def _preserved(recipe: Recipe, base: Base, request: MergeRequest) -> Recipe:
     encoding = stored.encoding
     if isinstance(encoding, Bnb4) and recipe.kind != "decode":
         encoding = replace(encoding, state_bytes=state_bytes(stored.shape))
-    return _with_encoding(replace(recipe, dtype=stored.dtype), encoding, request)
+    return _with_encoding(replace(recipe, dtype=stored.dtype), encoding, request, stored)
 
 
 def _of_runtime(base: Base) -> list[Recipe]:
@@ -97,17 +119,38 @@ def _of_runtime(base: Base) -> list[Recipe]:
     ]
 
 
-def _with_encoding(recipe: Recipe, encoding: Encoding, request: MergeRequest) -> Recipe:
-    """Return the recipe with its parts; codes of the base that are in this encoding already are copied."""
+def _with_encoding(
+    recipe: Recipe, encoding: Encoding, request: MergeRequest, stored: EncodedTensor | None = None
+) -> Recipe:
+    """Return the recipe with its parts; codes of the base that are in this encoding already are copied.
+
+    `stored` is the base's weight of this name, if it goes back to its encoding.
+    """
     source = recipe.source
     is_same = isinstance(source, EncodedTensor) and _is_same(source.encoding, encoding) and source.dtype == recipe.dtype
     if isinstance(source, EncodedTensor) and is_same and not recipe.edits:
         parts = tuple(Part(role=role, name=t.name, dtype=t.dtype, shape=t.shape) for role, t in source.parts)
         return replace(recipe, kind="copy", encoding=source.encoding, encoded_parts=parts)
     kind = recipe.kind if recipe.kind in ("edit", "replace", "new") else "encode"
-    parts = _parts(recipe, encoding, source if isinstance(source, EncodedTensor) and is_same else None)
+    form = source if isinstance(source, EncodedTensor) and is_same else stored
+    parts = _parts(recipe, encoding, form)
     searches = isinstance(encoding, Bnb4) and request.quantizer == "mse"
-    return replace(recipe, kind=kind, encoding=encoding, encoded_parts=parts, searches=searches)
+    return replace(
+        recipe,
+        source=_as_rows(source),
+        kind=kind,
+        encoding=encoding,
+        encoded_parts=parts,
+        form=form,
+        searches=searches,
+    )
+
+
+def _as_rows(source: Source) -> Source:
+    """A stack of matrices as one: encodings count the rows of all."""
+    if not isinstance(source, StoredTensor) or len(source.shape) < 3:
+        return source
+    return replace(source, shape=(math.prod(source.shape[:-1]), source.shape[-1]))
 
 
 def _is_same(one: Encoding, other: Encoding) -> bool:
@@ -146,14 +189,11 @@ def _skipped(request: MergeRequest, recipes: Sequence[Recipe], chosen: set[str],
     found: dict[str, None] = dict.fromkeys(request.skip_modules)
     for module in modules:
         if is_expert(f"{module}."):
-            end = _EXPERTS
+            end = EXPERTS
         else:
             end = ".".join(module.split(".")[-2:] if "." in module and _has_number(module) else module.split(".")[-1:])
         found[module if any(other.endswith(end) for other in encoded) else end] = None
     return list(found)
-
-
-_EXPERTS = r".*\.experts"
 
 
 def _has_number(module: str) -> bool:
@@ -162,49 +202,3 @@ def _has_number(module: str) -> bool:
 
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
-
-
-def _bitsandbytes(request: MergeRequest, dtype: str, skipped: list[str], **settings: Any) -> dict[str, Any]:
-    return {
-        "bnb_4bit_compute_dtype": NAME_BY_FLOAT_CODE[dtype],
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": request.quant_type,
-        "bnb_4bit_use_double_quant": request.double_quant,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skipped,
-        "llm_int8_threshold": 6.0,
-        "quant_method": "bitsandbytes",
-        **settings,
-    }
-
-
-def _bnb4_settings(request: MergeRequest, dtype: str, skipped: list[str]) -> dict[str, Any]:
-    """Source: `BitsAndBytesConfig` of transformers 5.23."""
-    return _bitsandbytes(request, dtype, skipped, load_in_4bit=True, load_in_8bit=False)
-
-
-def _int8_settings(request: MergeRequest, dtype: str, skipped: list[str]) -> dict[str, Any]:
-    return _bitsandbytes(request, dtype, skipped, load_in_4bit=False, load_in_8bit=True)
-
-
-def _fp8_settings(request: MergeRequest, dtype: str, skipped: list[str]) -> dict[str, Any]:
-    """Weights with a scale for each output, activations quantised as they come. Source: compressed-tensors 0.20."""
-    codes = {"num_bits": 8, "type": "float", "symmetric": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**codes, "strategy": "channel", "dynamic": False},
-                "input_activations": {**codes, "strategy": "token", "dynamic": True},
-            }
-        },
-        "ignore": [name if name == _EXPERTS else f"re:.*{re.escape(name)}$" for name in skipped],
-    }
-
-
-_SETTINGS = {"merged_4bit": _bnb4_settings, "merged_8bit": _int8_settings, "merged_fp8": _fp8_settings}

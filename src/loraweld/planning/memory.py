@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from loraweld.adapter.edits import Dora, Edit, LowRank, Residual
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor
+from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
 from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
@@ -94,13 +95,17 @@ def _tile_bytes(recipe: Recipe) -> int:
     codes = min(ITEM_BYTES, recipe.source.codes.num_bytes) if isinstance(recipe.source, EncodedTensor) else 0
     # A weight that is quantised on the way has its block scales in memory, twice in float32.
     scales = 2 * 4 * math.prod(recipe.shape) // 32 if isinstance(recipe.source, RequantisedTensor) else 0
-    return (12 + 12 * decoding + 16 * recipe.is_encoded) * elements + codes + scales + _held_bytes(recipe)
+    return (12 + 16 * decoding + 16 * recipe.is_encoded) * elements + codes + scales + _held_bytes(recipe)
 
 
 def _held_bytes(recipe: Recipe) -> int:
-    """What an encoder holds until its weight is done: scales in float32, and codes that do not lie row by row."""
+    """What an encoder holds until its weight is done: scales, and codes that do not lie row by row.
+
+    Scales and zeros are float32 in decoder and encoder, but those of small blocks, of which there are many, bytes.
+    """
     if not (recipe.encoding and recipe.is_encoded):
         return 0
     codes, *scales = recipe.parts
-    held = sum(8 * math.prod(part.shape) for part in scales)
+    per_scale = 2 if isinstance(recipe.encoding, NvFp4 | MxFp4) else 16
+    held = sum(per_scale * math.prod(part.shape) for part in scales)
     return held if recipe.encoding.streams else held + codes.num_bytes

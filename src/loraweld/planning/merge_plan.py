@@ -55,7 +55,8 @@ class Recipe:
     """How one output weight is made: the values of `source`, `edits` in order, rounded to `dtype`.
 
     With an `encoding` the values are stored in it, as `encoded_parts`, and `dtype` is what they decode to; without,
-    as they are. `searches`: the encoder looks for the block scales of least squared error.
+    as they are. `form` is the base's weight in that encoding, from which comes what the values do not decide; if it is
+    the source too, its scales are kept. `searches`: the encoder looks for the block scales of least squared error.
 
     `kind` is "copy" (the source's bytes), "convert" (another dtype), "decode" (of a quantised weight), "requantise"
     (a plain weight as a quantised model has it), "encode" (in another form), "edit", "replace" (the source is the
@@ -70,6 +71,7 @@ class Recipe:
     kind: str
     encoding: Encoding | None = None
     encoded_parts: tuple[Part, ...] = ()
+    form: EncodedTensor | None = None
     searches: bool = False
 
     @property
@@ -288,7 +290,9 @@ class MergePlan:
             digest.update(f"{file.name}\0".encode() + file.header)
             for placed in file.placed:
                 recipe = placed.recipe
-                digest.update(repr((_key(recipe.source), recipe.edits_key, recipe.encoding, recipe.searches)).encode())
+                form = recipe.form and _key(recipe.form)
+                values = _key(recipe.source), recipe.edits_key, recipe.encoding, form, recipe.searches
+                digest.update(repr(values).encode())
         for small in self.small:
             digest.update(repr((small.name, small.text)).encode())
         if self.export is not None:

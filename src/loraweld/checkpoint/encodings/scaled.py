@@ -41,8 +41,11 @@ class Scaled:
     streams: bool = True
 
     def unit_rows(self, shape: tuple[int, ...]) -> int:
-        """A scale of very many rows is known before the first of them is encoded."""
-        return self.block[0] if self.block[0] <= MAX_UNIT_ROWS else 1
+        return 1 if self.is_of_all_rows(shape) else self.block[0]
+
+    def is_of_all_rows(self, shape: tuple[int, ...]) -> bool:
+        """Whether a scale is that of all rows, and they are many: it is known before the first of them is encoded."""
+        return self.block[0] >= shape[0] > MAX_UNIT_ROWS
 
     def layout(self, name: str, shape: tuple[int, ...]) -> dict[str, PartLayout]:
         stem = name.removesuffix("weight")

@@ -3,7 +3,7 @@
 `absmax` scales make the bytes of `bitsandbytes.functional.quantize_4bit` 0.50.2; searched ones minimise the squared
 error of each block. With double quantisation the scales are known before the first code.
 
-Shape letters: B = blocks, S = elements of a block.
+Shape letters: B = blocks, S = elements of a block; K = blocks of block scales, N = scales in one.
 """
 
 from __future__ import annotations
@@ -18,42 +18,92 @@ import numpy.typing as npt
 import torch
 
 from loraweld.checkpoint.encodings.bnb4 import CODEBOOKS, NESTED_BLOCKSIZE, Bnb4
+from loraweld.compute.codecs.bnb4 import BlockDecoder, in_pieces, piece_blocks
 from loraweld.compute.codecs.scale_search import ScaleSearch
+from loraweld.compute.scripted import scripted
 from loraweld.compute.tensors import torch_dtype
 
 _TINY = 1e-38  # bitsandbytes divides by no less
 _PLACES = 65535
-# A piece whose temporaries stay near the core.
-_PIECE_ELEMENTS = 1 << 16
+_IN_DOUBT = 128
+_ROUNDING = 1e-6  # of a place computed in float32
 
 
 class Codebook:
-    """16 values and the borders between neighbours."""
+    """16 values and the borders between neighbours.
+
+    A code is looked up by one of 65,536 places between -1 and 1. The few elements whose place a border runs through are
+    compared with the borders themselves.
+    """
 
     def __init__(self, values: tuple[float, ...]) -> None:
-        self.values = torch.tensor(values)
-        self._order = torch.argsort(self.values)
-        ordered = self.values[self._order]
+        self.values = torch.tensor(values) + 0.0  # FP4's -0 is stored as 0
+        order = torch.argsort(self.values)
+        ordered = self.values[order]
         self._borders = ((ordered[:-1] + ordered[1:]) / 2).numpy()
-        self._is_ordered = bool((self._order == torch.arange(16)).all())
+        self._ranks_of_places = _ranks_of_places(self._borders)
+        is_ordered = bool((order == torch.arange(16)).all())
+        codes_of_ranks = (order.repeat_interleave(16) << 4) + order.repeat(16)
+        self._codes_of_ranks = None if is_ordered else codes_of_ranks.to(torch.uint8)
 
-    def codes(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Return the number of the nearest value for each element of [-1, 1], the lower one of two, as bytes.
+    def pack(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the codes of the values nearest to blocks times inverse scales, two a byte, the earlier one higher.
 
-        A count of the borders below: 15 comparisons in vector registers are many times faster than a search.
+        What lies outside [-1, 1] takes the outermost value.
         """
-        count = np.zeros(scaled.shape, dtype=np.uint8)
-        above = np.empty(scaled.shape, dtype=np.bool_)
-        values, ones = scaled.numpy(), above.view(np.uint8)
-        for border in self._borders:
-            np.greater(values, border, out=above)
-            np.add(count, ones, out=count)
-        codes = torch.from_numpy(count)
-        return codes if self._is_ordered else self._order.to(torch.uint8)[codes.int()]
+        ranks = self._ranks(blocks_BS, inverse_B)
+        if self._codes_of_ranks is None:
+            out.copy_(ranks)
+        else:
+            torch.index_select(self._codes_of_ranks, 0, ranks.int(), out=out)
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the values of codes, in float32."""
-        return torch.index_select(self.values, 0, codes.view(-1).int()).view(codes.shape)
+    def _ranks(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor) -> torch.Tensor:
+        """Return the ranks of the nearest values, the lower one of two, packed, as int16."""
+        ranks_BS = torch.empty(blocks_BS.shape, dtype=torch.uint8)
+        _look_up(blocks_BS, inverse_B[:, None], self._ranks_of_places, ranks_BS, piece_blocks(blocks_BS.shape[1]))
+        ranks = ranks_BS.view(-1).numpy()
+        in_doubt = np.flatnonzero(ranks >= _IN_DOUBT)
+        scaled = blocks_BS.view(-1).numpy()[in_doubt] * inverse_B.numpy()[in_doubt // blocks_BS.shape[1]]
+        ranks[in_doubt] = np.searchsorted(self._borders, scaled)
+        pairs = ranks.view("<u2")
+        # The earlier rank is the lower byte: 0x0L0E · 0x1001 = 0xELxx.
+        np.multiply(pairs, 0x1001, out=pairs)
+        np.right_shift(pairs, 8, out=pairs)
+        return torch.from_numpy(pairs.view("<i2"))
+
+
+@scripted
+def _look_up(
+    blocks_BS: torch.Tensor, inverse_B1: torch.Tensor, table: torch.Tensor, out_BS: torch.Tensor, piece: int
+) -> None:
+    """Write what the table, whose places go from -1 to 1, has for each element times the inverse of its scale."""
+    count, size = blocks_BS.shape
+    room_BS = torch.empty([piece, size])
+    places_BS = torch.empty([piece, size], dtype=torch.int32)
+    last = float(table.size(0) - 1)
+    for start in range(0, count, piece):
+        stop = min(count, start + piece)
+        room, places = room_BS[: stop - start], places_BS[: stop - start]
+        torch.mul(blocks_BS[start:stop], inverse_B1[start:stop], out=room)
+        room.mul_(last / 2).add_(last / 2 + 0.5).clamp_(0.0, last)
+        places.copy_(room)
+        torch.index_select(table, 0, places.view(-1), out=out_BS[start:stop].view(-1))
+
+
+@scripted
+def _write_absmax(blocks_BS: torch.Tensor, out_B: torch.Tensor, piece: int) -> None:
+    """Write the largest magnitude of each block."""
+    for start in range(0, blocks_BS.size(0), piece):
+        blocks = blocks_BS[start : start + piece]
+        out_B[start : start + piece] = torch.maximum(blocks.amax(1), blocks.amin(1).neg_()).abs_()  # no -0
+
+
+def _ranks_of_places(borders: npt.NDArray[np.float32]) -> torch.Tensor:
+    """Return the number of borders below each place, or _IN_DOUBT where one may run through it."""
+    edges = (np.arange(_PLACES + 2) - 0.5) / (_PLACES / 2) - 1
+    below = np.searchsorted(borders, edges[:-1] - _ROUNDING)
+    above = np.searchsorted(borders, edges[1:] + _ROUNDING)
+    return torch.from_numpy(np.where(below == above, below, _IN_DOUBT).astype(np.uint8))
 
 
 class Bnb4Encoder:
@@ -65,15 +115,16 @@ class Bnb4Encoder:
         self._shape = shape
         self._dtype = torch_dtype(dtype)
         self._codebook = Codebook(CODEBOOKS[encoding.quant_type])
-        self._search = ScaleSearch(self._codebook) if searches else None
+        self._search = ScaleSearch(self._codebook.values, encoding.blocksize) if searches else None
         self._count = math.prod(shape)
         self._absmax_B = torch.zeros(-(-self._count // encoding.blocksize))
         self._nested: Nested | None = None
-        self._last: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        self._decoder = BlockDecoder(self._codebook.values, encoding.blocksize)
+        self._last = torch.empty(0), torch.empty(0), 0
 
     def observe(self, top: int, values_nC: torch.Tensor) -> None:
-        for first, blocks_BS in self._pieces(top, values_nC):
-            self._absmax_B[first : first + len(blocks_BS)] = self._scales(first, blocks_BS)
+        for first, blocks_BS in self._blocks(top, values_nC):
+            self._set_scales(first, blocks_BS)
 
     def settle(self) -> None:
         """Fix the scales, once all rows have been observed."""
@@ -82,22 +133,26 @@ class Bnb4Encoder:
 
     def encode(self, top: int, values_nC: torch.Tensor) -> torch.Tensor:
         self.settle()
-        codes = []
-        for first, blocks_BS in self._pieces(top, values_nC):
-            last = first + len(blocks_BS)
+        blocks = self._blocks(top, values_nC)
+        codes = torch.empty(sum(blocks_BS.numel() for _, blocks_BS in blocks) // 2, dtype=torch.uint8)
+        start = 0
+        for first, blocks_BS in blocks:
             if not self.observes:
-                self._absmax_B[first:last] = self._scales(first, blocks_BS)
-            codes.append(self._codebook.codes(self._scaled(first, blocks_BS)))
-        codes_BS = torch.cat(codes)
-        self._last = codes_BS, values_nC, self._first_block(top)
-        return _packed(codes_BS.view(-1)[: values_nC.numel()], self._codebook.codes(torch.zeros(1)))
+                self._set_scales(first, blocks_BS)
+            stop = start + blocks_BS.numel() // 2
+            self._pack(first, blocks_BS, codes[start:stop])
+            start = stop
+        self._last = codes, values_nC, self._first_block(top)
+        # An odd last code shares its byte with the code of a zero: the last block is filled up with them.
+        return codes[: (values_nC.numel() + 1) // 2]
 
     def decoded(self) -> torch.Tensor:
-        assert self._last is not None
-        codes_BS, values_nC, first = self._last
-        scales_B = self._stored_scales()[first : first + len(codes_BS)]
-        values = self._codebook.decode(codes_BS).mul_(scales_B[:, None]).view(-1)
-        return values[: values_nC.numel()].view(values_nC.shape).to(self._dtype)
+        codes, values_nC, first = self._last
+        size = self._encoding.blocksize
+        scales_B = self._stored_scales()[first : first + 2 * len(codes) // size]
+        values = torch.empty(2 * len(codes), dtype=self._dtype)
+        self._decoder.decode(codes, scales_B, values)
+        return values[: values_nC.numel()].view(values_nC.shape)
 
     def parts(self) -> Mapping[str, torch.Tensor]:
         parts = {"quant_map": self._codebook.values, "state": self._state()}
@@ -109,17 +164,15 @@ class Bnb4Encoder:
             "nested_quant_map": self._nested.codebook,
         }
 
-    def _pieces(self, top: int, values_nC: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        """Return (number of its first block, blocks) of a tile; the last block of a weight is filled up with zeros."""
-        size, flat = self._encoding.blocksize, values_nC.view(-1)
+    def _blocks(self, top: int, values_nC: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        """Return the blocks of a tile, with the number of the first; a cut one by itself, filled up with zeros."""
+        size, flat, first = self._encoding.blocksize, values_nC.view(-1), self._first_block(top)
         whole = len(flat) // size * size
-        first, step = self._first_block(top), max(1, _PIECE_ELEMENTS // size)
-        blocks_BS = flat[:whole].view(-1, size)
-        pieces = [(first + start, blocks_BS[start : start + step]) for start in range(0, len(blocks_BS), step)]
+        blocks = [(first, flat[:whole].view(-1, size))] if whole else []
         if whole < len(flat):
             padded = torch.nn.functional.pad(flat[whole:], (0, size - len(flat) + whole))
-            pieces.append((first + len(blocks_BS), padded[None]))
-        return pieces
+            blocks.append((first + whole // size, padded[None]))
+        return blocks
 
     def _first_block(self, top: int) -> int:
         return (
@@ -132,18 +185,21 @@ class Bnb4Encoder:
         """Whether this is the weight's last block and not full: bitsandbytes treats it a little differently."""
         return (first + 1) * self._encoding.blocksize > self._count
 
-    def _scales(self, first: int, blocks_BS: torch.Tensor) -> torch.Tensor:
-        absmax_B = blocks_BS.abs().amax(1)
+    def _set_scales(self, first: int, blocks_BS: torch.Tensor) -> None:
+        absmax_B = self._absmax_B[first : first + len(blocks_BS)]
+        _write_absmax(blocks_BS, absmax_B, piece_blocks(self._encoding.blocksize))
         if self._is_cut(first):
             absmax_B.clamp_(min=_TINY)
-        return absmax_B if self._search is None else self._search.scales(blocks_BS, absmax_B)
+        if self._search is not None:
+            absmax_B.copy_(self._search.scales(blocks_BS, absmax_B))
 
-    def _scaled(self, first: int, blocks_BS: torch.Tensor) -> torch.Tensor:
-        """Blocks over their scales: searched ones as they will be read, absmax as bitsandbytes takes it."""
+    def _pack(self, first: int, blocks_BS: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the codes of blocks over their scales: searched ones as they will be read, else as bitsandbytes."""
         scales_B = (self._absmax_B if self._search is None else self._stored_scales())[first : first + len(blocks_BS)]
         if self._is_cut(first):
-            return blocks_BS / scales_B[:, None]
-        return blocks_BS * (1.0 / scales_B.clamp(min=_TINY))[:, None]
+            self._codebook.pack(blocks_BS / scales_B[:, None], torch.ones(1), out)
+            return
+        self._codebook.pack(blocks_BS, 1.0 / scales_B.clamp(min=_TINY), out)
 
     def _stored_scales(self) -> torch.Tensor:
         return self._absmax_B if self._nested is None else self._nested.decoded_B
@@ -164,14 +220,6 @@ class Bnb4Encoder:
         return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def _packed(codes: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Two codes a byte, the earlier in the higher half; an odd one is followed by the code of zero."""
-    if len(codes) % 2:
-        codes = torch.cat([codes, zero])
-    pairs: npt.NDArray[np.uint16] = codes.numpy().view("<u2")
-    return torch.from_numpy(((pairs << 4) | (pairs >> 8)).astype(np.uint8))
-
-
 class Nested:
     """Double quantisation: block scales less their mean, in blocks of 256, as 8-bit codes of a dynamic codebook.
 
@@ -179,27 +227,33 @@ class Nested:
     """
 
     def __init__(self, absmax_B: torch.Tensor) -> None:
-        offset = absmax_B.mean()
+        offset, count = absmax_B.mean(), len(absmax_B)
         self.offset = float(offset)
         self.codebook = dynamic_codebook()
-        rest = len(absmax_B) % NESTED_BLOCKSIZE
-        padding = NESTED_BLOCKSIZE - rest if rest else 0
-        blocks = torch.nn.functional.pad(absmax_B - offset, (0, padding)).view(-1, NESTED_BLOCKSIZE)
-        self.absmax = blocks.abs().amax(1)
-        scaled = blocks * (1.0 / self.absmax.clamp(min=_TINY))[:, None]
-        codes = _nearest(scaled.view(-1)).masked_fill_((self.absmax == 0).repeat_interleave(NESTED_BLOCKSIZE), 0)
-        self.codes_B = codes[: len(absmax_B)].to(torch.uint8)
-        values = self.codebook[codes].view(-1, NESTED_BLOCKSIZE) * self.absmax[:, None]
-        self.decoded_B = values.view(-1)[: len(absmax_B)] + offset
+        blocks = torch.nn.functional.pad(absmax_B - offset, (0, -count % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+        codes = torch.empty(blocks.shape, dtype=torch.uint8)
+        self.absmax = torch.empty(len(blocks))
+        for piece in in_pieces(NESTED_BLOCKSIZE, blocks, self.absmax, codes):
+            self._encode(*piece)
+        self.codes_B = codes.view(-1)[:count]
+        self.decoded_B = blocks.view(-1)[:count].add_(offset)
+
+    def _encode(self, blocks_KN: torch.Tensor, absmax_K: torch.Tensor, codes_KN: torch.Tensor) -> None:
+        """Write the scales and codes of some blocks, and over the blocks what they decode to."""
+        torch.amax(blocks_KN.abs(), 1, out=absmax_K)
+        places = _nearest_places(blocks_KN * (1.0 / absmax_K.clamp(min=_TINY))[:, None])
+        torch.index_select(_codes_of_places(), 0, places.view(-1), out=codes_KN.view(-1))
+        codes_KN.masked_fill_((absmax_K == 0)[:, None], 0)
+        torch.index_select(self.codebook, 0, codes_KN.view(-1).int(), out=blocks_KN.view(-1))
+        blocks_KN.mul_(absmax_K[:, None])
 
 
-def _nearest(scaled: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of the nearest values of the dynamic codebook for elements of [-1, 1].
+def _nearest_places(scaled: torch.Tensor) -> torch.Tensor:
+    """Return places in the table of codes for elements of [-1, 1].
 
-    As near as bitsandbytes finds them: by way of 65536 evenly spaced places.
+    bitsandbytes, too, finds the nearest values of the dynamic codebook by way of 65536 evenly spaced places.
     """
-    places = ((scaled + 1) * (_PLACES / 2) + 0.5).to(torch.int32).clamp_(0, _PLACES)
-    return torch.index_select(_codes_of_places(), 0, places)
+    return (scaled + 1).mul_(_PLACES / 2).add_(0.5).to(torch.int32).clamp_(0, _PLACES)
 
 
 @cache
@@ -208,9 +262,10 @@ def _codes_of_places() -> torch.Tensor:
     places = (torch.arange(_PLACES + 1).double() / (_PLACES / 2) - 1).float()
     right = torch.searchsorted(codebook, places).clamp_(1, len(codebook) - 1)
     is_right = (codebook[right] - places).abs() < (places - codebook[right - 1]).abs()
-    return torch.where(is_right, right, right - 1)
+    return torch.where(is_right, right, right - 1).to(torch.uint8)
 
 
+@cache
 def dynamic_codebook() -> torch.Tensor:
     """Return the 256 values of signed dynamic 8-bit floats, in order.
 

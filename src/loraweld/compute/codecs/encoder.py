@@ -8,10 +8,13 @@ from typing import Protocol
 import torch
 
 from loraweld.checkpoint.encodings.bnb4 import Bnb4
-from loraweld.checkpoint.encodings.encoded import EncodedTensor
+from loraweld.checkpoint.encodings.grouped import Awq, Gptq, Packed
+from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
 from loraweld.checkpoint.encodings.scaled import Scaled
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.bnb4_encode import Bnb4Encoder
+from loraweld.compute.codecs.grouped_encode import AwqEncoder, GptqEncoder, PackedEncoder
+from loraweld.compute.codecs.microscaled_encode import MxFp4Encoder, NvFp4Encoder
 from loraweld.compute.codecs.scaled_encode import ScaledEncoder
 from loraweld.planning.merge_plan import Recipe
 
@@ -42,12 +45,24 @@ def open_encoder(recipe: Recipe, reader: Reader) -> Encoder:
     Where the source is in that very encoding its scales are kept, unless a value outgrows them: what the adapter does
     not change then stays as it is.
     """
-    source, encoding = recipe.source, recipe.encoding
-    grid = source if isinstance(source, EncodedTensor) and source.encoding == encoding else None
+    encoding, form = recipe.encoding, recipe.form
+    keeps = form is not None and form == recipe.source
     match encoding:
         case Bnb4():
             return Bnb4Encoder(encoding, recipe.shape, recipe.dtype, searches=recipe.searches)
         case Scaled():
-            return ScaledEncoder(encoding, recipe.shape, recipe.dtype, grid, reader)
+            return ScaledEncoder(encoding, recipe.shape, recipe.dtype, form, reader, keeps=keeps)
+    assert form is not None, f"{encoding} is only kept, never chosen"
+    match encoding:
+        case Packed():
+            return PackedEncoder(form, encoding, reader, keeps=keeps)
+        case Gptq():
+            return GptqEncoder(form, encoding, reader, keeps=keeps)
+        case Awq():
+            return AwqEncoder(form, encoding, reader, keeps=keeps)
+        case NvFp4():
+            return NvFp4Encoder(form, encoding, reader, keeps=keeps)
+        case MxFp4():
+            return MxFp4Encoder(form, reader, keeps=keeps)
         case _:
             raise AssertionError(f"no encoder for {encoding}")

@@ -1,6 +1,6 @@
 """Integers of a few bits packed into int32 words: value = (code - zero) · scale of its group.
 
-Shape letters: O = outputs, o = outputs at hand, I = inputs, G = groups.
+Shape letters: O = outputs, n = those at hand, I = inputs, G = groups, W = words.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from loraweld.compute.codecs.plain import PlainRows
 from loraweld.compute.tensors import read_block, read_flat, read_vector, torch_dtype
 from loraweld.errors import CheckpointError
 
-_WORD_BITS = 32
+WORD_BITS = 32
 _AWQ_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Return the first `count` codes of the bit streams along the last axis of int32 `words`, lowest bits first."""
-    if _WORD_BITS % bits == 0:
-        shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
+    if WORD_BITS % bits == 0:
+        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
         return (words.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1).flatten(-2)[..., :count]
-    # A code may cross the border of two words: look at both. The last has no next one.
-    stream = torch.nn.functional.pad(words.long().bitwise_and_(0xFFFFFFFF), (0, 1))
-    first = torch.arange(count) * bits
-    word, shift = first // _WORD_BITS, first % _WORD_BITS
-    codes = (stream[..., word] >> shift) | (stream[..., word + 1] << (_WORD_BITS - shift))
-    return codes.bitwise_and_((1 << bits) - 1).int()
+    # A code may cross the border of two words; but eight codes are `bits` bytes: they are halved three times over.
+    num_eights = -(-count // 8)
+    stream = torch.nn.functional.pad(words, (0, 2)).view(torch.uint8)[..., : num_eights * bits]
+    eights = stream.reshape(*words.shape[:-1], num_eights, bits)
+    codes = torch.nn.functional.pad(eights, (0, 8 - bits)).view(torch.int64).squeeze(-1)
+    for level, dtype in ((2, torch.int32), (1, torch.int16), (0, torch.uint8)):
+        width = bits << level
+        codes = torch.stack([codes & ((1 << width) - 1), codes >> width], dim=-1).flatten(-2).to(dtype)
+    return codes[..., :count].int()
 
 
 def _group_of(source: EncodedTensor, reader: Reader, inputs: int, group: int, num_groups: int) -> torch.Tensor:
@@ -44,6 +47,11 @@ def _group_of(source: EncodedTensor, reader: Reader, inputs: int, group: int, nu
             path=named.path,
         )
     return groups
+
+
+def pick(of_groups_nG: torch.Tensor, group_of: torch.Tensor) -> torch.Tensor:
+    """Return a value of each group for all of its inputs, (n, I)."""
+    return of_groups_nG.index_select(1, group_of)  # several times as fast as indexing
 
 
 class PackedDecoder:
@@ -77,14 +85,18 @@ class PackedRows:
         self._decoder = decoder
         self._words = PlainRows(decoder.source.codes, decoder.reader)
 
+    def codes(self, top: int, bottom: int) -> torch.Tensor:
+        """Return the codes of rows [top, bottom), (n, I)."""
+        return unpack(self._words.read(top, bottom), self._decoder.encoding.bits, self._decoder.source.cols)
+
     def read(self, top: int, bottom: int) -> torch.Tensor:
         decoder = self._decoder
-        codes = unpack(self._words.read(top, bottom), decoder.encoding.bits, decoder.source.cols).float()
+        values_nI = self.codes(top, bottom).float()
         if decoder.zero_OG is None:
-            codes.sub_(1 << (decoder.encoding.bits - 1))
+            values_nI.sub_(1 << (decoder.encoding.bits - 1))
         else:
-            codes.sub_(decoder.zero_OG[top:bottom][:, decoder.group_of])
-        return codes.mul_(decoder.scale_OG[top:bottom][:, decoder.group_of]).to(decoder.dtype)
+            values_nI.sub_(pick(decoder.zero_OG[top:bottom], decoder.group_of))
+        return values_nI.mul_(pick(decoder.scale_OG[top:bottom], decoder.group_of)).to(decoder.dtype)
 
 
 class GptqDecoder:
@@ -97,21 +109,21 @@ class GptqDecoder:
         self.reader = reader
         self.bits = encoding.bits
         self.group_of = _group_of(source, reader, inputs, encoding.group, scale.rows)
-        self.scale_GO = read_vector(reader, scale).view(scale.shape)
+        self.scale_OG = read_vector(reader, scale).view(scale.shape).T
         words = read_flat(reader, zero).view(zero.shape)
         if encoding.carries:
-            words = words + encoding.zero_offset * sum(1 << place for place in range(0, _WORD_BITS, encoding.bits))
+            words = words + encoding.zero_offset * sum(1 << place for place in range(0, WORD_BITS, encoding.bits))
         zeros = unpack(words, encoding.bits, outputs).add_(0 if encoding.carries else encoding.zero_offset)
-        self.zero_GO = zeros.bitwise_and_((1 << encoding.bits) - 1).float()
+        self.zero_OG = zeros.bitwise_and_((1 << encoding.bits) - 1).float().T
 
     def rows(self, start: int, stop: int) -> TransposedRows:
         codes = self.source.codes
-        words_Wo = read_block(self.reader, codes, (0, codes.rows), (start, stop))
-        return TransposedRows(self, words_Wo, start)
+        words_WO = read_block(self.reader, codes, (0, codes.rows), (start, stop))
+        return TransposedRows(self, words_WO, start)
 
-    def unpack(self, words_Wo: torch.Tensor) -> torch.Tensor:
-        """Return the codes (o, I) of some outputs."""
-        return unpack(words_Wo.T.contiguous(), self.bits, self.source.cols)
+    def unpack(self, words_WO: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Return the codes (n, I) of outputs [first, last) of some words."""
+        return unpack(words_WO[:, first:last].T.contiguous(), self.bits, self.source.cols)
 
 
 class AwqDecoder:
@@ -122,17 +134,19 @@ class AwqDecoder:
         self.source = source
         self.reader = reader
         self.group_of = _group_of(source, reader, source.cols, encoding.group, scale.rows)
-        self.scale_GO = read_vector(reader, scale).view(scale.shape)
-        self.zero_GO = _unpack_awq(read_flat(reader, zero).view(zero.shape)).float()
+        self.scale_OG = read_vector(reader, scale).view(scale.shape).T
+        self.zero_OG = _unpack_awq(read_flat(reader, zero).view(zero.shape)).float().T
 
     def rows(self, start: int, stop: int) -> TransposedRows:
         codes, first = self.source.codes, start // 8
-        words = read_block(self.reader, codes, (0, codes.rows), (first, -(-stop // 8)))
-        return TransposedRows(self, _unpack_awq(words), first * 8)
+        words_IW = read_block(self.reader, codes, (0, codes.rows), (first, -(-stop // 8)))
+        return TransposedRows(self, words_IW, first * 8)
 
-    def unpack(self, codes_Io: torch.Tensor) -> torch.Tensor:
-        """Return the codes (o, I) of some outputs."""
-        return codes_Io.T.contiguous()
+    def unpack(self, words_IW: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Return the codes (n, I) of outputs [first, last) of some words."""
+        start = first // 8
+        codes_In = _unpack_awq(words_IW[:, start : -(-last // 8)])
+        return codes_In[:, first - start * 8 : last - start * 8].T.contiguous()
 
 
 def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
@@ -148,8 +162,12 @@ class TransposedRows:
         self._start = start
         self._dtype = torch_dtype(decoder.source.dtype)
 
+    def codes(self, top: int, bottom: int) -> torch.Tensor:
+        """Return the codes of outputs [top, bottom), (n, I)."""
+        return self._decoder.unpack(self._words, top - self._start, bottom - self._start)
+
     def read(self, top: int, bottom: int) -> torch.Tensor:
         decoder = self._decoder
-        codes_oI = decoder.unpack(self._words[:, top - self._start : bottom - self._start]).float()
-        codes_oI.sub_(decoder.zero_GO[:, top:bottom].T[:, decoder.group_of])
-        return codes_oI.mul_(decoder.scale_GO[:, top:bottom].T[:, decoder.group_of]).to(self._dtype)
+        values_nI = self.codes(top, bottom).float()
+        values_nI.sub_(pick(decoder.zero_OG[top:bottom], decoder.group_of))
+        return values_nI.mul_(pick(decoder.scale_OG[top:bottom], decoder.group_of)).to(self._dtype)

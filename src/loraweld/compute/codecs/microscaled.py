@@ -14,7 +14,7 @@ _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, 
 _PAIRS = torch.stack([_E2M1.repeat(16), _E2M1.repeat_interleave(16)], dim=1).contiguous().view(torch.int64).view(-1)
 
 
-def _values(codes: torch.Tensor) -> torch.Tensor:
+def e2m1_values(codes: torch.Tensor) -> torch.Tensor:
     """Return the float32 values of packed codes; the last axis doubles."""
     flat = torch.index_select(_PAIRS, 0, codes.reshape(-1).int()).view(torch.float32)
     return flat.view(*codes.shape[:-1], codes.shape[-1] * 2)
@@ -42,7 +42,7 @@ class NvFp4Rows:
 
     def read(self, top: int, bottom: int) -> torch.Tensor:
         decoder = self._decoder
-        values_nC = _values(self._codes.read(top, bottom))
+        values_nC = e2m1_values(self._codes.read(top, bottom))
         scale_nK = self._scales.read(top, bottom).float()
         scale_nK = scale_nK / decoder.global_scale if decoder.divides else scale_nK * decoder.global_scale
         scale_nC = scale_nK.repeat_interleave(NV_BLOCK, dim=1)[:, : values_nC.shape[1]]
@@ -84,7 +84,7 @@ class MxFp4Rows:
     def _of_expert(self, expert: int, first: int, last: int) -> torch.Tensor:
         codes_OBH, scales_OB = self._load(expert)
         begin, end = first // MX_BLOCK, -(-last // MX_BLOCK)
-        values_OBV = _values(codes_OBH[:, begin:end])
+        values_OBV = e2m1_values(codes_OBH[:, begin:end])
         exponents_OB = scales_OB[:, begin:end].int() - 127
         values_OI = torch.ldexp(values_OBV, exponents_OB[..., None]).flatten(1)
         return values_OI[:, first - begin * MX_BLOCK : last - begin * MX_BLOCK].T.to(self._decoder.dtype).contiguous()

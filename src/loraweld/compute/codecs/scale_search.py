@@ -1,70 +1,86 @@
 """The block scale of least squared error, for codebooks whose values a scale multiplies.
 
 The largest magnitude of a block, as scale, wastes codes on one element. Smaller scales clip it and bring the others
-nearer to their codes. A few are tried; then, for the codes of the best, the scale of least squares is taken:
-s = Σ w·q / Σ q².
+nearer to their codes. For the codes q that a scale gives to the weights w of a block, the best scale is that of least
+squares, s = Σ w·q / Σ q², and it leaves the error Σ w² - (Σ w·q)² / Σ q². A few shares of the largest magnitude are
+tried, and of their codes those are taken whose best scale leaves the least.
 
-Shape letters: B = blocks, S = elements of a block.
+Shape letters: B = blocks, S = elements of a block, H = shares.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from functools import cache
 
 import torch
 
-_SHARES = (1.0, 0.93, 0.87, 0.81, 0.75)
-_REACH = 1.35  # of the table: a little over 1 / the smallest share
-_STEPS = 4096
-_TINY = 1e-38
+from loraweld.compute.codecs.bnb4 import piece_blocks
+from loraweld.compute.scripted import scripted
 
-
-class Values(Protocol):
-    """A codebook in [-1, 1]."""
-
-    @property
-    def values(self) -> torch.Tensor: ...
-
-    def codes(self, scaled: torch.Tensor) -> torch.Tensor: ...
-
-    def decode(self, codes: torch.Tensor) -> torch.Tensor: ...
+_SHARES = (1.0, 0.93, 0.87)
+_STEPS = 2048  # of the tables, from 0 to the absmax
+# Within these absmax no step of the search leaves float32.
+_LEAST, _LARGEST = 1e-35, 1e36
 
 
 class ScaleSearch:
-    """Finds scales for one codebook; keeps its scratch, since fresh memory costs more than the arithmetic."""
+    """Finds scales for one codebook with values in [-1, 1], within one thread."""
 
-    def __init__(self, codebook: Values) -> None:
-        self._codebook = codebook
-        # The squared distance to the nearest value, at evenly spaced places from -_REACH to _REACH.
-        places = (torch.arange(_STEPS) - _STEPS / 2) * (2 * _REACH / _STEPS)
-        self._errors = (places[:, None] - codebook.values[None, :]).abs().amin(1).square_()
-        self._scaled = torch.empty(0)
-        self._places = torch.empty(0, dtype=torch.int32)
+    def __init__(self, codebook: torch.Tensor, blocksize: int) -> None:
+        self._tables = _tables(tuple(codebook.tolist()))
+        self._blocksize = blocksize
 
     def scales(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
-        """Return a scale for each block with an error no larger than that of its absmax."""
-        if self._scaled.shape != blocks_BS.shape:
-            self._scaled = torch.empty(blocks_BS.shape)
-            self._places = torch.empty(blocks_BS.shape, dtype=torch.int32)
-        shares_B, errors_B = torch.ones_like(absmax_B), torch.full_like(absmax_B, torch.inf)
-        for share in _SHARES:
-            found_B = self._error(blocks_BS, absmax_B, share)
-            shares_B[found_B < errors_B] = share
-            errors_B = torch.minimum(errors_B, found_B)
-        return self._least_squares(blocks_BS, absmax_B * shares_B)
+        """Return a scale for each block with an error no larger than that of its absmax.
 
-    def _error(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor, share: float) -> torch.Tensor:
-        """Return the squared error of each block at this share of its absmax, over its absmax squared."""
-        factor_B = (_STEPS / 2 / _REACH / share) / absmax_B.clamp(min=_TINY)
-        torch.mul(blocks_BS, factor_B[:, None], out=self._scaled)
-        self._places.copy_(self._scaled.add_(_STEPS / 2 + 0.5))
-        torch.index_select(self._errors, 0, self._places.view(-1), out=self._scaled.view(-1))
-        return self._scaled.sum(1).mul_(share**2)
+        Blocks that are not finite, or close to the end of float32, keep their absmax.
+        """
+        if not float(absmax_B.amax()) < _LARGEST:
+            return absmax_B
+        factor_B, gain_B = torch.ones_like(absmax_B), torch.zeros_like(absmax_B)
+        for products_B, squares_B in ((sums_B.real, sums_B.imag) for sums_B in self._sums(blocks_BS, absmax_B)):
+            fit_B = products_B / squares_B
+            # Not a number in a block of zeros: no share is better than 1 there.
+            gain = products_B.mul_(fit_B)
+            factor_B = torch.where(gain > gain_B, fit_B, factor_B)
+            gain_B = torch.fmax(gain, gain_B)
+        return factor_B.mul_(absmax_B)
 
-    def _least_squares(self, blocks_BS: torch.Tensor, scales_B: torch.Tensor) -> torch.Tensor:
-        """Return the best scales for the codes that these scales give."""
-        torch.mul(blocks_BS, (1.0 / scales_B.clamp(min=_TINY))[:, None], out=self._scaled)
-        values_BS = self._codebook.decode(self._codebook.codes(self._scaled))
-        fitted_B = torch.mul(values_BS, blocks_BS, out=self._scaled).sum(1)
-        squares_B = torch.mul(values_BS, values_BS, out=self._scaled).sum(1)
-        return torch.where(squares_B > 0, fitted_B / squares_B, scales_B)
+    def _sums(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
+        """Return Σ w·q over the absmax, and Σ q², of each block for the codes at each share, as complex numbers."""
+        factor_B1 = absmax_B.clamp(min=_LEAST).reciprocal_().mul_(_STEPS)[:, None]
+        sums_HB = torch.empty(len(_SHARES), len(absmax_B), dtype=torch.complex64)
+        _sum_up(blocks_BS, factor_B1, self._tables, sums_HB, piece_blocks(self._blocksize))
+        return sums_HB
+
+
+@scripted
+def _sum_up(
+    blocks_BS: torch.Tensor,
+    factor_B1: torch.Tensor,
+    tables: list[torch.Tensor],
+    sums_HB: torch.Tensor,
+    piece: int,
+) -> None:
+    """Write the sums over each block of what each table has at the places of its elements."""
+    count, size = blocks_BS.shape
+    scaled_BS = torch.empty([piece, size])
+    places_BS = torch.empty([piece, size], dtype=torch.int32)
+    terms_BS = torch.empty([piece, size], dtype=torch.complex64)
+    middle = float(tables[0].size(0) // 2)
+    for start in range(0, count, piece):
+        stop = min(count, start + piece)
+        scaled, places, terms = scaled_BS[: stop - start], places_BS[: stop - start], terms_BS[: stop - start]
+        torch.mul(blocks_BS[start:stop], factor_B1[start:stop], out=scaled)
+        places.copy_(scaled.add_(middle + 0.5))
+        for share, table in enumerate(tables):
+            torch.index_select(table, 0, places.view(-1), out=terms.view(-1))
+            sums_HB[share, start:stop] = terms.sum(1)
+
+
+@cache
+def _tables(values: tuple[float, ...]) -> list[torch.Tensor]:
+    """Return w·q and q² for weights w from -1 to 1, a table for each share, as complex numbers: one look for both."""
+    codebook, weights = torch.tensor(values), torch.arange(-_STEPS, _STEPS + 1) / _STEPS
+    nearest = [codebook[(weights[:, None] / share - codebook).abs().argmin(1)] for share in _SHARES]
+    return [torch.complex(weights * q, q * q) for q in nearest]

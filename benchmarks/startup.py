@@ -1,0 +1,56 @@
+"""How fast commands start that should be instant, beside bare imports."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cases import LORAWELD, Case, inputs_of
+from measuring import MIB, measure, median_sample, say
+from plain import PEFT_IMPORTS
+from reporting import Part, conditions, show, table
+
+RUNS = 10
+CONDITIONS = "The bases planned have headers and configs only; their weights are holes in the files."
+
+
+def measured(args: argparse.Namespace, work: Path) -> Part:
+    """Measure start-up on bases without weights."""
+    rows = [*rows_of(plain_commands(args), work)]
+    for shape in args.shape:
+        with inputs_of(work, shape, args.rank[:1], form="hollow", keep=False) as cases:
+            rows += rows_of(plans(cases, work), work)
+    text = table([f"median of {RUNS}", "wall s", "peak RSS MiB"], rows)
+    return Part(title="Start-up", promises=[], blocks=[text, *conditions(CONDITIONS, work)])
+
+
+def plain_commands(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the commands that need no base."""
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "loraweld --help": [*LORAWELD, "--help"],
+        "import torch": [sys.executable, "-c", "import torch"],
+    }
+    if args.peft:
+        commands["import PEFT and transformers"] = [sys.executable, "-c", PEFT_IMPORTS]
+    return commands
+
+
+def plans(cases: Sequence[Case], work: Path) -> dict[str, list[str]]:
+    """Return a `loraweld plan` of each case."""
+    return {
+        f"loraweld plan, {c.name}": [*LORAWELD, "plan", str(c.adapter), "--base", str(c.base), "-o", str(work / "new")]
+        for c in cases
+    }
+
+
+def rows_of(commands: dict[str, list[str]], work: Path) -> list[list[str]]:
+    """Return the median wall time and memory of each command."""
+    rows = []
+    for name, command in commands.items():
+        say(f"start-up: {name}")
+        sample = median_sample([measure(command, work / "log.txt") for _ in range(RUNS)])
+        rows.append([name, show(sample.wall_s, 3), show(sample.peak_rss_bytes, 0, MIB)])
+    return rows
