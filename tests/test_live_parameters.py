@@ -335,7 +335,7 @@ REJECTED = [
     Rejected({"save_directory": ""}, "save_directory is ''"),
     Rejected({"save_directory": "a/b/c", "push_to_hub": True, "token": "t"}, "save_directory is 'a/b/c'"),
     Rejected({"save_directory": "/tmp/x", "push_to_hub": True, "token": "t"}, "save_directory is '/tmp/x'"),
-    Rejected({"tokenizer": object()}, "tokenizer is a object"),
+    Rejected({"tokenizer": 7}, "tokenizer is a int"),
     Rejected({"save_method": "merged-6bit"}, "save_method is 'merged-6bit'.*merged_16bit.*did you mean"),
     Rejected({"save_method": None}, "save_method is None"),
     *(Rejected({"save_method": name}, "known but not offered") for name in ("w4a16", "nvfp4", "torchao_int8")),
