@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -478,3 +479,21 @@ def test_values_that_are_elsewhere_are_named(live: PeftModel) -> None:
     live.get_base_model().model.norm.to("meta")
     with pytest.raises(loraweld.RequestError, match=r"(?s)no values in memory.*model\.norm\.weight"):
         live.save_pretrained_merged("out")
+    given = state_of(live)
+    name = next(name for name in given if name.endswith("model.norm.weight"))
+    given[name] = torch.full((32,), 3.0, dtype=torch.bfloat16)
+    live.save_pretrained_merged("out", state_dict=given)
+    assert (all_weights(Path("out"))["model.norm.weight"] == 3).all()
+
+
+@pytest.mark.parametrize("package", ["transformers", "safetensors", "peft", "bitsandbytes", "accelerate"])
+def test_a_package_that_is_missing_is_named(package: str, live: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the extra that brings it."""
+    calls = {
+        "peft": lambda: loraweld.FastLanguageModel.get_peft_model(live),
+        "bitsandbytes": lambda: loraweld.FastLanguageModel.from_pretrained("base"),
+        "accelerate": lambda: loraweld.FastLanguageModel.from_pretrained("base"),
+    }
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(loraweld.RequestError, match=rf"needs {package}: pip install 'loraweld\[live\]'"):
+        calls.get(package, lambda: live.save_pretrained_merged("out"))()

@@ -12,6 +12,7 @@ import torch
 
 from loraweld.errors import RequestError
 from loraweld.live.attach import attach
+from loraweld.live.machine import require
 from loraweld.live.parameters import check_flag
 from loraweld.live.weights import base_of
 
@@ -57,6 +58,7 @@ class FastLanguageModel:
         Raises:
             RequestError: names the parameter, its value and what would be valid.
         """
+        require("transformers", "accelerate")
         import transformers as tf
 
         for name, value in (("load_in_4bit", load_in_4bit), ("load_in_8bit", load_in_8bit)):
@@ -117,6 +119,7 @@ class FastLanguageModel:
         Raises:
             RequestError: names the parameter, its value and what would be valid.
         """
+        require("peft")
         import peft
 
         _check_length(max_seq_length)
@@ -206,12 +209,7 @@ def _is_quantised(model_name: str, hub: dict[str, Any]) -> bool:
 def _settings(bits: int, dtype: torch.dtype | None) -> Any:
     import transformers as tf
 
-    try:
-        import bitsandbytes  # noqa: F401  # the class below does not say what is missing
-    except ImportError:
-        raise RequestError(
-            f"load_in_{bits}bit needs bitsandbytes: pip install 'loraweld[live]', or give load_in_{bits}bit=False"
-        ) from None
+    require("bitsandbytes")
     settings: Any = tf.BitsAndBytesConfig
     if bits == 8:
         return settings(load_in_8bit=True)

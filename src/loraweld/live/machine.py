@@ -1,4 +1,4 @@
-"""What the machine has for a save: free memory, and a folder for what is only needed meanwhile."""
+"""What the machine has for a save: packages, free memory, and a folder for what is only needed meanwhile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from loraweld.errors import RequestError
@@ -16,6 +17,17 @@ _CGROUPS = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 _UNKNOWN = 4 << 30
+
+
+def require(*packages: str) -> None:
+    """Check that packages of the extra `live` are there.
+
+    Raises:
+        RequestError: names those that are not, and how to get them.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise RequestError(f"a model in memory needs {' and '.join(missing)}: pip install 'loraweld[live]'")
 
 
 def free_memory_bytes() -> int:

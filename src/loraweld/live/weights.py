@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from loraweld.errors import RequestError, listing
+from loraweld.live.machine import require
 
 PEFT_PREFIX = "base_model.model."
 
@@ -24,6 +25,7 @@ def base_of(model: Any) -> Any:
     Raises:
         RequestError: there is none inside.
     """
+    require("transformers", "safetensors")
     from transformers import PreTrainedModel
 
     inner = getattr(model, "_orig_mod", model)
