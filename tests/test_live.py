@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 import loraweld
 from cases import AdapterCase, pairs
 from live_models import BUILDERS, auto_of, live_llama, state_of, with_adapter, write_base
+from loraweld.live.weights import base_state, checkpoint_tensors
+from loraweld.live.weights import state_of as state_in_memory
 from models import TinyModel, logits, token_ids
 
 NO_TOKENIZER = pytest.mark.filterwarnings("ignore:tokenizer is None")
@@ -54,6 +56,18 @@ def test_files_are_those_of_the_file_interface(name: str, method: str, tmp_path:
     loraweld.save_pretrained_merged(peft, tmp_path / "live", save_method=method)
     assert weights(tmp_path / "live") == weights(tmp_path / "file")
     assert not (tmp_path / "_unsloth_temporary_saved_buffers").exists()
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_nothing_is_copied_to_give_it_its_name(name: str, tmp_path: Path) -> None:
+    """The experts that transformers has fused are views of its parameters."""
+    model = auto_of(name).from_pretrained(write_base(name, tmp_path / "base"))
+    state = state_in_memory(model)
+    places = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
+    found = checkpoint_tensors(model, base_state(model, state, trained_copies=False))
+    assert {tensor.untyped_storage().data_ptr() for tensor in found.values()} <= places
+    saved = load_file(tmp_path / "base" / "model.safetensors")
+    assert found.keys() == saved.keys() and all(torch.equal(found[key], saved[key]) for key in saved)
 
 
 def each_pair() -> pytest.MarkDecorator:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from loraweld.errors import RequestError, listing
 from loraweld.live.machine import require
@@ -142,8 +143,16 @@ def checkpoint_tensors(inner: Any, state: Mapping[str, torch.Tensor]) -> dict[st
         kept = remove_tied_weights_from_state_dict(kept, inner)
     except RuntimeError as error:
         raise RequestError(f"the model shares parameters that its class does not tie: {error}") from None
-    named = revert_weight_conversion(_without_quantiser(inner), kept)
+    with _Views():
+        named = revert_weight_conversion(_without_quantiser(inner), kept)
     return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+
+class _Views(TorchFunctionMode):
+    """Parts of fused parameters stay views of them: what is read later is read in any layout."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
 
 
 class _Converted:
