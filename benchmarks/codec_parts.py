@@ -16,8 +16,9 @@ from reporting import Part, conditions, promise, ratio_cells, show, table
 
 QUANTISE_CONDITIONS = """\
 A bfloat16 weight of 4096 × 14336 into NF4 with double quantisation and blocks of 64, in one process, in turn: our
-encoder fed float32 tiles as in a merge, on two threads with a weight each; `quantize_4bit(…,
-compress_statistics=True)` of bitsandbytes with two torch threads. Ratios are of the same round. For two cores."""
+encoder fed float32 tiles, as in a merge of a weight that no adapter touches, on two threads with a weight each;
+`quantize_4bit(…, compress_statistics=True)` of bitsandbytes with two torch threads. Ratios are of the same
+round. For two cores."""
 CODECS_CONDITIONS = """\
 One process on one core, in turn; medians. GB/s of 16-bit values. Ours decode from a file in the page cache, tile by
 tile, and encode from float32 tiles into the encoding's own grid, as in a merge; the others work on whole tensors in

@@ -55,7 +55,7 @@ def test_script_and_python_make_the_same_bits(blocks: int, monkeypatch: pytest.M
         for number in range(2):
             codes, largest = torch.empty(blocks, 64, dtype=torch.uint8), torch.empty(blocks)
             sums = torch.empty(3, blocks, dtype=torch.complex64)
-            look_up[number](values, factor, table, codes, piece)
+            look_up[number](values, factor, table, codes, piece, True)
             absmax[number](values, largest, piece)
             sum_up[number](values.clamp(-1, 1), torch.full((blocks, 1), 2048.0), complexes, sums, piece)
             made.append((codes, largest, torch.view_as_real(sums)))

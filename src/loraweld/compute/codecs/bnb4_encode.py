@@ -46,23 +46,24 @@ class Codebook:
         codes_of_ranks = (order.repeat_interleave(16) << 4) + order.repeat(16)
         self._codes_of_ranks = None if is_ordered else codes_of_ranks.to(torch.uint8)
 
-    def pack(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor, out: torch.Tensor) -> None:
+    def pack(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor, out: torch.Tensor, *, clips: bool) -> None:
         """Write the codes of the values nearest to blocks times inverse scales, two a byte, the earlier one higher.
 
-        What lies outside [-1, 1] takes the outermost value.
+        `clips`: some lie outside [-1, 1], and take the outermost value.
         """
-        ranks = self._ranks(blocks_BS, inverse_B)
+        ranks = self._ranks(blocks_BS, inverse_B, clips)
         if self._codes_of_ranks is None:
             out.copy_(ranks)
         else:
             torch.index_select(self._codes_of_ranks, 0, ranks.int(), out=out)
 
-    def _ranks(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor) -> torch.Tensor:
+    def _ranks(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor, clips: bool) -> torch.Tensor:
         """Return the ranks of the nearest values, the lower one of two, packed, as int16."""
         ranks_BS = torch.empty(blocks_BS.shape, dtype=torch.uint8)
-        _look_up(blocks_BS, inverse_B[:, None], self._ranks_of_places, ranks_BS, piece_blocks(blocks_BS.shape[1]))
+        piece = piece_blocks(blocks_BS.shape[1])
+        _look_up(blocks_BS, inverse_B[:, None], self._ranks_of_places, ranks_BS, piece, clips)
         ranks = ranks_BS.view(-1).numpy()
-        in_doubt = np.flatnonzero(ranks >= _IN_DOUBT)
+        in_doubt = _in_doubt(ranks)
         scaled = blocks_BS.view(-1).numpy()[in_doubt] * inverse_B.numpy()[in_doubt // blocks_BS.shape[1]]
         ranks[in_doubt] = np.searchsorted(self._borders, scaled)
         pairs = ranks.view("<u2")
@@ -72,20 +73,39 @@ class Codebook:
         return torch.from_numpy(pairs.view("<i2"))
 
 
+def _in_doubt(ranks: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Return the positions of ranks that the table does not know; eight at a time, since there are few."""
+    words = np.flatnonzero((ranks.view(np.uint64) & (_IN_DOUBT * 0x0101010101010101)) != 0)
+    near = (words[:, None] * 8 + np.arange(8)).ravel()
+    found: npt.NDArray[np.intp] = near[ranks[near] >= _IN_DOUBT]
+    return found
+
+
 @scripted
 def _look_up(
-    blocks_BS: torch.Tensor, inverse_B1: torch.Tensor, table: torch.Tensor, out_BS: torch.Tensor, piece: int
+    blocks_BS: torch.Tensor,
+    inverse_B1: torch.Tensor,
+    table: torch.Tensor,
+    out_BS: torch.Tensor,
+    piece: int,
+    clips: bool,
 ) -> None:
-    """Write what the table, whose places go from -1 to 1, has for each element times the inverse of its scale."""
+    """Write what the table, whose places go from -1 to 1, has for each element times the inverse of its scale.
+
+    `clips`: some may lie outside.
+    """
     count, size = blocks_BS.shape
     room_BS = torch.empty([piece, size])
     places_BS = torch.empty([piece, size], dtype=torch.int32)
     last = float(table.size(0) - 1)
+    half = torch.tensor(last / 2 + 0.5)
     for start in range(0, count, piece):
         stop = min(count, start + piece)
         room, places = room_BS[: stop - start], places_BS[: stop - start]
         torch.mul(blocks_BS[start:stop], inverse_B1[start:stop], out=room)
-        room.mul_(last / 2).add_(last / 2 + 0.5).clamp_(0.0, last)
+        torch.add(half, room, alpha=last / 2, out=room)
+        if clips:
+            room.clamp_(0.0, last)
         places.copy_(room)
         torch.index_select(table, 0, places.view(-1), out=out_BS[start:stop].view(-1))
 
@@ -107,10 +127,16 @@ def _ranks_of_places(borders: npt.NDArray[np.float32]) -> torch.Tensor:
 
 
 class Bnb4Encoder:
-    """One NF4 or FP4 weight."""
+    """One NF4 or FP4 weight.
 
-    def __init__(self, encoding: Bnb4, shape: tuple[int, ...], dtype: str, *, searches: bool) -> None:
-        self.observes = encoding.nested_blocksize > 0
+    `decodes`: what the codes decode to is asked for while encoding, so block scales that are quantised themselves must
+    be known first; searched ones must be anyway, since their codes are made for them.
+    """
+
+    def __init__(
+        self, encoding: Bnb4, shape: tuple[int, ...], dtype: str, *, searches: bool, decodes: bool = True
+    ) -> None:
+        self.observes = encoding.nested_blocksize > 0 and (searches or decodes)
         self._encoding = encoding
         self._shape = shape
         self._dtype = torch_dtype(dtype)
@@ -127,12 +153,13 @@ class Bnb4Encoder:
             self._set_scales(first, blocks_BS)
 
     def settle(self) -> None:
-        """Fix the scales, once all rows have been observed."""
-        if self.observes and self._nested is None:
+        """Fix the scales, once all rows have been seen."""
+        if self._encoding.nested_blocksize and self._nested is None:
             self._nested = Nested(self._absmax_B)
 
     def encode(self, top: int, values_nC: torch.Tensor) -> torch.Tensor:
-        self.settle()
+        if self.observes:
+            self.settle()
         blocks = self._blocks(top, values_nC)
         codes = torch.empty(sum(blocks_BS.numel() for _, blocks_BS in blocks) // 2, dtype=torch.uint8)
         start = 0
@@ -155,6 +182,7 @@ class Bnb4Encoder:
         return values[: values_nC.numel()].view(values_nC.shape)
 
     def parts(self) -> Mapping[str, torch.Tensor]:
+        self.settle()
         parts = {"quant_map": self._codebook.values, "state": self._state()}
         if self._nested is None:
             return parts | {"absmax": self._absmax_B}
@@ -197,9 +225,9 @@ class Bnb4Encoder:
         """Write the codes of blocks over their scales: searched ones as they will be read, else as bitsandbytes."""
         scales_B = (self._absmax_B if self._search is None else self._stored_scales())[first : first + len(blocks_BS)]
         if self._is_cut(first):
-            self._codebook.pack(blocks_BS / scales_B[:, None], torch.ones(1), out)
+            self._codebook.pack(blocks_BS / scales_B[:, None], torch.ones(1), out, clips=True)
             return
-        self._codebook.pack(blocks_BS, 1.0 / scales_B.clamp(min=_TINY), out)
+        self._codebook.pack(blocks_BS, 1.0 / scales_B.clamp(min=_TINY), out, clips=self._search is not None)
 
     def _stored_scales(self) -> torch.Tensor:
         return self._absmax_B if self._nested is None else self._nested.decoded_B

@@ -49,7 +49,8 @@ def open_encoder(recipe: Recipe, reader: Reader) -> Encoder:
     keeps = form is not None and form == recipe.source
     match encoding:
         case Bnb4():
-            return Bnb4Encoder(encoding, recipe.shape, recipe.dtype, searches=recipe.searches)
+            options = {"searches": recipe.searches, "decodes": bool(recipe.edits)}
+            return Bnb4Encoder(encoding, recipe.shape, recipe.dtype, **options)
         case Scaled():
             return ScaledEncoder(encoding, recipe.shape, recipe.dtype, form, reader, keeps=keeps)
     assert form is not None, f"{encoding} is only kept, never chosen"
