@@ -223,6 +223,5 @@ def _settings(bits: int, dtype: torch.dtype | None) -> Any:
 
 def _place(device_map: Any) -> Any:
     """Without an accelerator there is nothing to spread over; "auto" would look at the disk."""
-    if device_map == "auto" and not torch.accelerator.is_available():
-        return "cpu"
-    return device_map
+    accelerator = getattr(torch, "accelerator", torch.cuda)  # the former since torch 2.6
+    return "cpu" if device_map == "auto" and not accelerator.is_available() else device_map
