@@ -28,8 +28,20 @@ def run_python(
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, **(env or {})}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        command,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        preexec_fn=heed_interrupts,
     )
+
+
+def heed_interrupts() -> None:
+    """Tests that run in the background ignore Ctrl-C, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def kill_halfway(arguments: Sequence[Argument], *, output: Path) -> None:
@@ -51,7 +63,7 @@ def stalled_merge(arguments: Sequence[Argument], output: Path) -> Iterator[tuple
     """Yield a merge of several files that cannot finish, and its stderr: a full pipe that blocks its first message."""
     reading, writing = full_pipe()
     command = [sys.executable, "-m", "loraweld", "merge", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writing) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writing, preexec_fn=heed_interrupts) as process:
         os.close(writing)
         try:
             wait_for_weights(process, output)
