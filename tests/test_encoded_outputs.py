@@ -459,3 +459,12 @@ def test_as_given_says_that_the_adapter_saw_other_weights(llama: Path) -> None:
     assert any("was trained on the 4-bit model" in note and "quantized-from" in note for note in notes)
     folded = merge(llama, method="merged_16bit", merge_base="quantized-from")
     assert any("folded onto" in note and str(llama / "four") in note for note in folded.notes)
+
+
+def test_layers_of_a_class_of_their_own_are_not_encoded(tmp_path: Path) -> None:
+    """transformers replaces `nn.Linear` itself only: Falcon's linear layers would not load as codes."""
+    config = tf.FalconConfig(vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    tf.FalconForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", lora("transformer.h.0.self_attention.dense", (64, 64)))
+    with pytest.raises(loraweld.LoraweldError, match="would encode nothing"):
+        merge(tmp_path, method="merged_4bit")

@@ -13,11 +13,13 @@ from loraweld.naming.families import is_conv1d
 from loraweld.naming.roles import has_row_per_token, is_task_head
 
 _EMBEDDING = re.compile(r"(.*embed.*|wte|wpe|shared|relative_attention_bias|.*_emb)")
-# Layers that these families compute with in float32, and transformers therefore never replaces.
-# Source: `_keep_in_fp32_modules` of transformers 5.23.
-_IN_FLOAT32 = {
+# Layers that transformers 5.23 never replaces: those that a family computes with in float32 (`_keep_in_fp32_modules`),
+# and those of a class of its own, which is not `nn.Linear` itself.
+_NEVER_REPLACED = {
     **dict.fromkeys(("t5", "mt5", "umt5", "udop", "longt5", "switch_transformers", "pix2struct"), ("wo",)),
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), ("qformer",)),
+    "falcon": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "deepseek_v4": ("o_a_proj",),
 }
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg", "gating"})
 
@@ -36,7 +38,7 @@ def is_linear(name: str, shape: tuple[int, ...], model_type: str, stored: Contai
         and not is_task_head(name)
         and not _EMBEDDING.fullmatch(parts[-1])
         and _ROUTERS.isdisjoint(parts[-2:])
-        and not set(_IN_FLOAT32.get(model_type, ())) & set(parts)
+        and not set(_NEVER_REPLACED.get(model_type, ())) & set(parts)
         and not is_conv1d(model_type, module)
         and f"{module.rpartition('.')[0]}.in_proj_weight" not in stored  # nn.MultiheadAttention
     )
