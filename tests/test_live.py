@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import loraweld
@@ -56,6 +57,24 @@ def test_files_are_those_of_the_file_interface(name: str, method: str, tmp_path:
     loraweld.save_pretrained_merged(peft, tmp_path / "live", save_method=method)
     assert weights(tmp_path / "live") == weights(tmp_path / "file")
     assert not (tmp_path / "_unsloth_temporary_saved_buffers").exists()
+
+
+def test_parts_that_accelerate_has_offloaded_are_read_from_where_they_are(tmp_path: Path) -> None:
+    """Layers in files: the bytes are those of the file interface, and the model still computes as before."""
+    base = write_base("llama", tmp_path / "base")
+    layers = tf.AutoConfig.from_pretrained(base).num_hidden_layers
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+    places |= {f"model.layers.{layer}": "disk" for layer in range(1, layers)}
+    model = tf.AutoModelForCausalLM.from_pretrained(base, device_map=places, offload_folder=str(tmp_path / "offloaded"))
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[0], init_lora_weights=False)
+    peft = get_peft_model(model, config)
+    before = logits(peft, {"input_ids": token_ids(96)})
+    peft.save_pretrained(tmp_path / "adapter")
+    loraweld.merge(tmp_path / "adapter", output=tmp_path / "file", base=base, max_shard_size="5GB")
+    loraweld.save_pretrained_merged(peft, tmp_path / "live")
+    assert weights(tmp_path / "live") == weights(tmp_path / "file")
+    assert torch.equal(logits(peft, {"input_ids": token_ids(96)}), before)
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))

@@ -21,6 +21,8 @@ from loraweld.compute.tiles import TileGrid
 from loraweld.errors import NumericsError
 from loraweld.planning.merge_plan import Recipe
 
+_EXACT_ELEMENTS = 1 << 13  # at a time: each takes two rows of factors in float64
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -169,12 +171,18 @@ class EditSession:
         if not self._positions:
             return NONE, np.empty((0, 0), np.uint8)
         flat, values = np.concatenate(self._positions), torch.cat(self._bases).double().numpy()
+        pieces = [slice(start, start + _EXACT_ELEMENTS) for start in range(0, len(flat), _EXACT_ELEMENTS)]
+        exact = np.concatenate([self._exact(flat[piece], values[piece]) for piece in pieces])
+        with self.named("elements in doubt"):
+            rounded = round_exact(exact, self._rounder.dtype)
+        return flat, rounded.view(torch.uint8).numpy().reshape(len(flat), -1)
+
+    def _exact(self, flat: Ints, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return what all edits make of some values."""
         rows, cols = np.divmod(flat, self._cols)
         for span in self._spans:
             values = span.exact(values, rows, cols)
-        with self.named("elements in doubt"):
-            rounded = round_exact(values, self._rounder.dtype)
-        return flat, rounded.view(torch.uint8).numpy().reshape(len(flat), -1)
+        return values
 
     def _remember(self, flat: Ints, base_nC: torch.Tensor, top: int) -> None:
         """Keep the place and the stored value of elements in doubt; new rows are stored as nothing, 0."""

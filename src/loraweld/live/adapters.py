@@ -66,12 +66,22 @@ def save_adapter(inner: Any, name: str, folder: Path, *, state: Mapping[str, tor
 def adapter_tensors(
     inner: Any, name: str, *, state: Mapping[str, torch.Tensor], embeddings: Literal["auto"] | bool
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of PEFT's file by their names in it, each in memory of its own."""
+    """Return the tensors of PEFT's file by their names in it, each in memory of its own.
+
+    Raises:
+        RequestError: one has no values.
+    """
     from peft.utils import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(
         inner, state_dict=dict(state), adapter_name=name, save_embedding_layers=embeddings
     )
+    away = [key for key, tensor in found.items() if tensor.device.type == "meta"]
+    if away:
+        raise RequestError(
+            f"tensors of adapter {name!r} have no values in memory (device meta): PEFT makes them so on layers that "
+            f"accelerate has offloaded; give their values with state_dict:\n{listing(away, limit=8)}"
+        )
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for key, tensor in found.items():

@@ -7,7 +7,7 @@ PEFT, resized embeddings, and adapters that are merged into it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,29 @@ def state_of(inner: Any) -> dict[str, torch.Tensor]:
             weight.quant_state = states[path]
     for path, weight in packed.items():
         state |= {f"{path}.{name}": part for name, part in _unpacked(weight).items()}
-    return state
+    return state | dict(_offloaded(inner, state))
+
+
+def _offloaded(inner: Any, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the values of parameters that accelerate keeps on the CPU or in files and brings in for a forward pass.
+
+    Those in files are maps of them: nothing is read here.
+    """
+    for path, module in inner.named_modules():
+        for hook in _hooks(module):
+            held: Mapping[str, torch.Tensor] | None = getattr(hook, "weights_map", None)
+            if held is None:
+                continue
+            for name in (*module._parameters, *module._buffers):
+                value = state.get(f"{path}.{name}")
+                if value is not None and value.device.type == "meta":
+                    yield f"{path}.{name}", held[name]
+
+
+def _hooks(module: Any) -> Sequence[Any]:
+    """The hooks of accelerate on a module, of a sequence each."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,)) if hook is not None else ()
 
 
 def _is_repacked(module: Any) -> bool:
@@ -189,8 +211,8 @@ def _check_present(state: Mapping[str, object]) -> None:
     away = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.device.type == "meta"]
     if away:
         raise RequestError(
-            "parameters of the model have no values in memory (device meta: offloaded to disk or to the CPU by "
-            "accelerate); load the model without a device_map that offloads, or give their values with "
+            "parameters of the model have no values in memory (device meta), nor does a hook of accelerate know where "
+            "they are; load the model with its values, or give them with "
             f"state_dict:\n{listing(away, limit=8)}"
         )
     spread = [name for name, value in state.items() if type(value).__name__ == "DTensor"]
