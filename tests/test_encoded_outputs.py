@@ -28,6 +28,7 @@ from handmade import (
     Q_PROJ,
     delta,
     llama_config,
+    llama_tensors,
     lora,
     loras,
     save_adapter,
@@ -326,6 +327,17 @@ def test_quantized_from_is_the_merge_of_the_quantised_checkpoint(
             lost += float((decoded(four, name).double() - weight.double()).square().sum())
             whole += float(weight.double().square().sum())
     assert f"differs from the given weights by {(lost / whole) ** 0.5:.2%}" in " ".join(said.notes)
+
+
+def test_quantized_from_names_a_weight_that_is_not_finite(tmp_path: Path) -> None:
+    """Its blocks have no scale."""
+    damaged = llama_tensors()[f"{Q_PROJ}.weight"].clone()
+    damaged[3, 5] = float("nan")
+    save_llama(tmp_path / "base", more={f"{Q_PROJ}.weight": damaged})
+    save_adapter(tmp_path / "adapter", loras(*MODULES), base_model_name_or_path=str(tmp_path / "base"))
+    with pytest.raises(loraweld.LoraweldError, match=r"q_proj\.weight.*not finite"):
+        merge(tmp_path, method="merged_16bit", merge_base="quantized-from")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_quantized_from_leaves_what_was_not_quantised(llama: Path) -> None:

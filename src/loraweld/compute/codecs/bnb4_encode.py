@@ -1,7 +1,7 @@
 """Into bitsandbytes 4 bit: NF4 or FP4, block by block of the flattened weight.
 
 `absmax` scales make the bytes of `bitsandbytes.functional.quantize_4bit` 0.50.2; searched ones minimise the squared
-error of each block. With double quantisation the scales are known before the first code.
+error of each block, and are known before the first code where they are quantised themselves.
 
 Shape letters: B = blocks, S = elements of a block; K = blocks of block scales, N = scales in one.
 """

@@ -15,6 +15,7 @@ from loraweld.compute.codecs.bnb4_encode import Bnb4Encoder
 from loraweld.compute.codecs.plain import PlainDecoder
 from loraweld.compute.rounding import check_finite
 from loraweld.compute.tiles import TileGrid
+from loraweld.errors import NumericsError
 
 
 class Difference:
@@ -61,7 +62,10 @@ class RequantisedRows:
         decoder, unit = self._decoder, self._decoder.unit_rows
         first, last = top // unit * unit, min(decoder.source.rows, math.ceil(bottom / unit) * unit)
         plain_nC = self._plain.read(first, last)
-        check_finite(plain_nC)
+        try:
+            check_finite(plain_nC)
+        except NumericsError as problem:
+            raise NumericsError(f"tensor {decoder.source.name!r}, rows {first} to {last - 1}: {problem}") from None
         self._encoder.encode(first, plain_nC.float())
         decoded_nC = self._encoder.decoded()
         decoder.difference.add(decoded_nC, plain_nC)
