@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import loraweld
 from cases import AdapterCase, pairs
 from live_models import BUILDERS, auto_of, live_llama, state_of, with_adapter, write_base
+from loraweld.live import save
+from loraweld.live.spill import Spill
 from loraweld.live.weights import base_state, checkpoint_tensors
 from loraweld.live.weights import state_of as state_in_memory
 from models import TinyModel, logits, token_ids
@@ -77,16 +79,64 @@ def test_parts_that_accelerate_has_offloaded_are_read_from_where_they_are(tmp_pa
     assert torch.equal(logits(peft, {"input_ids": token_ids(96)}), before)
 
 
+@pytest.mark.filterwarnings("ignore:for base_model.*no-op")  # PEFT loads the values once more afterwards
+def test_an_adapter_that_accelerate_has_offloaded_is_read_from_where_it_is(tmp_path: Path) -> None:
+    """PEFT spreads an adapter that it loads as its base is spread."""
+    base = write_base("llama", tmp_path / "base")
+    with_adapter(tf.AutoModelForCausalLM.from_pretrained(base), "llama").save_pretrained(tmp_path / "adapter")
+    layers = tf.AutoConfig.from_pretrained(base).num_hidden_layers
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+    places |= {f"model.layers.{layer}": "disk" for layer in range(1, layers)}
+    model = tf.AutoModelForCausalLM.from_pretrained(base, device_map=places, offload_folder=str(tmp_path / "offloaded"))
+    inside = {f"base_model.model.{path}": place for path, place in places.items()}
+    peft = PeftModel.from_pretrained(model, tmp_path / "adapter", device_map=inside, offload_dir=str(tmp_path / "off"))
+    assert any("lora" in name and parameter.device.type == "meta" for name, parameter in peft.named_parameters())
+    loraweld.merge(tmp_path / "adapter", output=tmp_path / "file", base=base, max_shard_size="5GB")
+    loraweld.save_pretrained_merged(peft, tmp_path / "live")
+    assert weights(tmp_path / "live") == weights(tmp_path / "file")
+
+
 @pytest.mark.parametrize("name", list(BUILDERS))
 def test_nothing_is_copied_to_give_it_its_name(name: str, tmp_path: Path) -> None:
     """The experts that transformers has fused are views of its parameters."""
     model = auto_of(name).from_pretrained(write_base(name, tmp_path / "base"))
     state = state_in_memory(model)
     places = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
-    found = checkpoint_tensors(model, base_state(model, state, trained_copies=False))
+    base = base_state(model, state, trained_copies=False)
+    found = checkpoint_tensors(model, base, spilled=tmp_path / "spilled", limit_bytes=0)
     assert {tensor.untyped_storage().data_ptr() for tensor in found.values()} <= places
     saved = load_file(tmp_path / "base" / "model.safetensors")
     assert found.keys() == saved.keys() and all(torch.equal(found[key], saved[key]) for key in saved)
+    assert not (tmp_path / "spilled").exists()
+
+
+def fused_on_disk() -> tf.PreTrainedModel:
+    """A model whose queries, keys and values are one tensor in its checkpoint, and three in memory."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    return tf.NomicBertModel(tf.NomicBertConfig(**sizes, vocab_size=96))
+
+
+@pytest.mark.parametrize(("free", "spills"), [(16 << 30, False), (600 * 10**6, True)])
+def test_what_has_to_be_fused_lies_in_files_where_memory_is_short(
+    free: int, spills: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are those of transformers either way, and the files are gone afterwards."""
+    model = fused_on_disk()
+    model.save_pretrained(tmp_path / "base")
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert any("Wqkv" in name for name in names) and not any("q_proj" in name for name in names)
+    model = tf.AutoModel.from_pretrained(tmp_path / "base")
+    seen: list[Path] = []
+    in_file = Spill._in_file
+    monkeypatch.setattr(Spill, "_in_file", lambda self, tensor: seen.append(self._folder) or in_file(self, tensor))
+    monkeypatch.setattr(save, "free_memory_bytes", lambda: free)
+    loraweld.save_pretrained_merged(model, "out", save_method="preserve", temporary_location="short")
+    assert bool(seen) is spills and all(folder.is_relative_to("short") for folder in seen)
+    assert not Path("short").exists()
+    assert all(
+        torch.equal(tensor, load_file("out/model.safetensors")[name])
+        for name, tensor in load_file(tmp_path / "base" / "model.safetensors").items()
+    )
 
 
 def each_pair() -> pytest.MarkDecorator:

@@ -62,19 +62,47 @@ def locate_config(name: str, *, revision: str | None = None) -> Path:
         return Path(_config(name, revision)).parent
 
 
+def small_files(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Path | None:
+    """Return a folder with the files that lie beside the weights of `name`: itself, else the Hub's, else the cache's.
+
+    None if there is none to be had: no such model, no access, no network.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # HTTPError is of httpx or requests, as it may be.
+    away: tuple[type[Exception], ...] = (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)
+    patterns = [pattern for pattern in _PATTERNS if pattern != "*.safetensors"]
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+    except HFValidationError:
+        return None
+    except away:
+        return _cached_folder(name, revision)
+
+
+def _cached_folder(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def known_config(name: str, *, revision: str | None = None) -> Path | None:
     """Return the config.json of `name` if it is on this machine already, without asking the Hub."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path / "config.json" if (path / "config.json").is_file() else None
-    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        folder = _cached_folder(name, revision)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return folder / "config.json" if folder is not None else None
 
 
 def _snapshot(repo_id: str, revision: str | None) -> Located:

@@ -19,7 +19,7 @@ from loraweld.adapter.files import open_adapter
 from loraweld.api import fulfil, plan_request
 from loraweld.checkpoint.base import CONFIG_NAME, Base
 from loraweld.checkpoint.encodings.recognise import quantization_settings, recognise
-from loraweld.checkpoint.hub import known_config
+from loraweld.checkpoint.hub import known_config, small_files
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.stored import MemoryFile
 from loraweld.errors import OutputError, RequestError, listing
@@ -30,7 +30,8 @@ from loraweld.live.layout import as_pickles, beside_export, with_variant
 from loraweld.live.machine import free_memory_bytes, workspace
 from loraweld.live.memory import tensors_as_file
 from loraweld.live.parameters import SaveOptions
-from loraweld.live.weights import base_of, base_state, checkpoint_tensors, repacked_rows, state_of
+from loraweld.live.quantised import is_decoded, repacked_rows, zeros_from_zero
+from loraweld.live.weights import base_of, base_state, checkpoint_tensors, state_of
 from loraweld.planning.companions import override_files
 from loraweld.planning.facts import Facts, facts_of
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, SmallFile
@@ -61,19 +62,30 @@ class LiveModel:
         return str(getattr(self.inner.config, "_name_or_path", "") or "")
 
 
-def look_at(model: Any, state_dict: Mapping[str, torch.Tensor] | None) -> LiveModel:
+def look_at(model: Any, options: SaveOptions, *, has_card: bool) -> LiveModel:
     """Find out what there is to save; changes nothing.
+
+    Where files of the base are wanted, a tokenizer or (`has_card`) its licence, the Hub is asked for them, as they were
+    in the commit that the model was loaded from.
 
     Raises:
         RequestError: not a model that can be saved, or a `state_dict` that is not one of it.
     """
     inner = base_of(model)
-    state = _given_state(model, inner, state_dict) if state_dict is not None else state_of(inner)
-    name = str(getattr(inner.config, "_name_or_path", "") or "")
-    found = known_config(name) if name else None
-    return LiveModel(
-        inner=inner, state=state, adapters=find_adapters(inner), origin=found.parent if found is not None else None
-    )
+    given = options.state_dict
+    state = _given_state(model, inner, given) if given is not None else state_of(inner)
+    origin = _origin(inner.config, options, ask=options.tokenizer is None or has_card)
+    return LiveModel(inner=inner, state=state, adapters=find_adapters(inner), origin=origin)
+
+
+def _origin(config: Any, options: SaveOptions, *, ask: bool) -> Path | None:
+    name, commit = str(getattr(config, "_name_or_path", "") or ""), getattr(config, "_commit_hash", None)
+    if not name:
+        return None
+    if ask:
+        return small_files(name, revision=commit, token=options.token)
+    found = known_config(name, revision=commit)
+    return found.parent if found is not None else None
 
 
 def save_model(model: Any, options: SaveOptions, output: Path, *, card: str | None = None) -> None:
@@ -82,7 +94,7 @@ def save_model(model: Any, options: SaveOptions, output: Path, *, card: str | No
     Raises:
         LoraweldError: something the user can fix; the folder is as it was.
     """
-    live = look_at(model, options.state_dict)
+    live = look_at(model, options, has_card=_has_card(options, card))
     if live.origin is not None and output.exists() and output.samefile(live.origin):
         raise OutputError("is the folder that the model was loaded from; choose another", path=output)
     with workspace(options.temporary_location) as work:
@@ -99,11 +111,14 @@ def _save_merged(live: LiveModel, options: SaveOptions, output: Path, work: Path
     if live.adapters.merged or live.adapters.disabled:
         _say_adapters(live.adapters)
     state = base_state(live.inner, live.state, trained_copies=bool(live.adapters.merged))
-    tensors = checkpoint_tensors(live.inner, state)
+    memory = int(options.maximum_memory_usage * free_memory_bytes())
+    tensors = checkpoint_tensors(
+        live.inner, state, spilled=work / "spilled", limit_bytes=max(0, memory - MAX_MEMORY_BYTES)
+    )
     with tensors_as_file(tensors, repacked=repacked_rows(live.inner)) as file:
         base = _live_base(file, work / "base", live.name)
         folders = [_adapter_folder(live, name, work) for name in live.adapters.active]
-        request = _request(options, folders, output, base)
+        request = _request(options, folders, output, base, memory)
         facts = facts_of(request, base, tuple(open_adapter(folder) for folder in folders))
         made = with_variant(_planned(request, facts, options), options.variant)
         complete = completion(made, _log.info)
@@ -209,6 +224,7 @@ def _write_configs(live: LiveModel, folder: Path) -> None:
     """Write config.json and generation_config.json as the model has them; the model's own are not touched."""
     inner = live.inner
     config = copy.deepcopy(inner.config)
+    _describe_quantisation(inner, config)
     config.architectures = [type(inner).__name__.removeprefix("FSDP")]
     if getattr(config, "quantization_config", None) is None:
         config.dtype = str(_main_dtype(live)).removeprefix("torch.")
@@ -216,6 +232,17 @@ def _write_configs(live: LiveModel, folder: Path) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
     if inner.can_generate():
         inner.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
+
+
+def _describe_quantisation(inner: Any, config: Any) -> None:
+    """Say in a model's config how its weights are in memory, where that is not as they were loaded."""
+    if is_decoded(inner):
+        del config.quantization_config
+    elif zeros_from_zero(inner):
+        settings = config.quantization_config
+        settings = dict(settings) if isinstance(settings, Mapping) else settings.to_dict()
+        form = {"checkpoint_format": "gptq_v2"} | ({"format": "gptq_v2"} if "format" in settings else {})
+        config.quantization_config = {**settings, **form}
 
 
 def _main_dtype(live: LiveModel) -> torch.dtype:
@@ -261,7 +288,7 @@ def _folder_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_ " else "_" for letter in name) or "_"
 
 
-def _request(options: SaveOptions, folders: list[Path], output: Path, base: Base) -> MergeRequest:
+def _request(options: SaveOptions, folders: list[Path], output: Path, base: Base, memory: int) -> MergeRequest:
     """The request that the same merge of files would have."""
     settings = quantization_settings(base.config)
     extra: dict[str, Any] = {}
@@ -283,8 +310,7 @@ def _request(options: SaveOptions, folders: list[Path], output: Path, base: Base
         overwrite=True,
         **extra,
     )
-    budget = int(options.maximum_memory_usage * free_memory_bytes())
-    return replace(request, adapters=tuple(folders), max_memory_bytes=min(budget, MAX_MEMORY_BYTES))
+    return replace(request, adapters=tuple(folders), max_memory_bytes=min(memory, MAX_MEMORY_BYTES))
 
 
 def _planned(request: MergeRequest, facts: Facts, options: SaveOptions) -> MergePlan:
@@ -305,7 +331,7 @@ def _planned(request: MergeRequest, facts: Facts, options: SaveOptions) -> Merge
 
 def _card(live: LiveModel, options: SaveOptions, output: Path, card: str | None) -> str | None:
     """Return the text of README.md, None if there is nothing to say."""
-    if not (options.tags or options.datasets or card is not None):
+    if not _has_card(options, card):
         return None
     return card_text(
         name=output.name,
@@ -316,6 +342,10 @@ def _card(live: LiveModel, options: SaveOptions, output: Path, card: str | None)
         method=options.method,
         existing=card or None,
     )
+
+
+def _has_card(options: SaveOptions, card: str | None) -> bool:
+    return bool(options.tags or options.datasets or card is not None)
 
 
 def _with_card(made: MergePlan, text: str | None) -> MergePlan:

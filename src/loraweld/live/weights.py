@@ -6,16 +6,17 @@ PEFT, resized embeddings, and adapters that are merged into it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from loraweld.errors import RequestError, listing
 from loraweld.live.machine import require
+from loraweld.live.quantised import check_kernels, left_of_codes, repacked_states
+from loraweld.live.spill import Spill
 
 PEFT_PREFIX = "base_model.model."
 
@@ -39,23 +40,18 @@ def base_of(model: Any) -> Any:
 
 
 def state_of(inner: Any) -> dict[str, torch.Tensor]:
-    """Return the state dict of a transformers model, without the changes that bitsandbytes makes when asked for it.
+    """Return the state dict of a transformers model, quantised layers as files have them.
 
-    For inference on some CPUs it repacks its 4-bit weights, and asked for their state it unpacks the model's own, with
-    other block scales than before. Here the state has the codes as they were, and the scales it computes with now.
+    Raises:
+        RequestError: a kernel keeps codes in an order of its own.
     """
-    packed = {path: module.weight for path, module in inner.named_modules() if _is_repacked(module)}
-    states = {path: weight.quant_state for path, weight in packed.items()}
-    try:
-        for weight in packed.values():
-            weight.quant_state = None  # what is left to save is the parameter
+    check_kernels(inner)
+    with repacked_states(inner) as repacked:
         state: dict[str, torch.Tensor] = dict(inner.state_dict())
-    finally:
-        for path, weight in packed.items():
-            weight.quant_state = states[path]
-    for path, weight in packed.items():
-        state |= {f"{path}.{name}": part for name, part in _unpacked(weight).items()}
-    return state | dict(_offloaded(inner, state))
+    state |= repacked
+    state |= dict(_offloaded(inner, state))
+    left = left_of_codes(inner)
+    return {name: value for name, value in state.items() if name not in left}
 
 
 def _offloaded(inner: Any, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -78,31 +74,6 @@ def _hooks(module: Any) -> Sequence[Any]:
     """The hooks of accelerate on a module, of a sequence each."""
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", (hook,)) if hook is not None else ()
-
-
-def _is_repacked(module: Any) -> bool:
-    weight = getattr(module, "weight", None) if "weight" in getattr(module, "_parameters", {}) else None
-    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
-
-
-def _unpacked(weight: Any) -> dict[str, torch.Tensor]:
-    """The parts of a repacked weight, as bitsandbytes writes one whose scales are not quantised.
-
-    The codes are still as they are; `unpacked` in `memory` puts them in order when they are read.
-    """
-    quant_state = copy.copy(weight.quant_state)
-    quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
-    quant_state.nested, quant_state.offset, quant_state.state2 = False, None, None
-    quant_state.dtype = quant_state.original_dtype
-    parts: dict[str, torch.Tensor] = quant_state.as_dict(packed=True)
-    codes = weight.data.view(quant_state.original_qshape)
-    return {"weight": codes, **{f"weight.{name}": part for name, part in parts.items()}}
-
-
-def repacked_rows(inner: Any) -> dict[int, int]:
-    """Return the bytes of a row of each 4-bit weight that bitsandbytes has repacked, by where its codes are."""
-    weights = (module.weight for module in inner.modules() if _is_repacked(module))
-    return {weight.data_ptr(): int(weight.quant_state.shape[1]) // 2 for weight in weights}
 
 
 def base_state(inner: Any, state: Mapping[str, torch.Tensor], *, trained_copies: bool) -> dict[str, torch.Tensor]:
@@ -149,8 +120,12 @@ def _unwrapped(state: Mapping[str, torch.Tensor], prefix: str, inside: str) -> d
     }
 
 
-def checkpoint_tensors(inner: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def checkpoint_tensors(
+    inner: Any, state: Mapping[str, torch.Tensor], *, spilled: Path, limit_bytes: int
+) -> dict[str, torch.Tensor]:
     """Return `state` by the checkpoint's names, each parameter once, as `save_pretrained` of transformers does.
+
+    What of it has to be made lies in memory up to `limit_bytes`, then in files in the folder `spilled`.
 
     Raises:
         RequestError: a parameter has no values here, or shares memory in a way that the model's class does not say.
@@ -165,16 +140,9 @@ def checkpoint_tensors(inner: Any, state: Mapping[str, torch.Tensor]) -> dict[st
         kept = remove_tied_weights_from_state_dict(kept, inner)
     except RuntimeError as error:
         raise RequestError(f"the model shares parameters that its class does not tie: {error}") from None
-    with _Views():
+    with Spill(state.values(), spilled, limit_bytes=limit_bytes):
         named = revert_weight_conversion(_without_quantiser(inner), kept)
     return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-
-
-class _Views(TorchFunctionMode):
-    """Parts of fused parameters stay views of them: what is read later is read in any layout."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
 
 
 class _Converted:
@@ -189,22 +157,24 @@ class _Converted:
 
 
 def _without_quantiser(inner: Any) -> Any:
-    """Leave out what a quantiser did to read its own checkpoint: the state has codes and scales as files have them.
+    """Leave out what a quantiser did to read its own checkpoint: what is in the state now is what is to be saved.
 
-    transformers 5.23 cannot revert it, and so does not save a model that was loaded from 4 bit.
+    transformers 5.23 cannot revert some of it, and makes codes again of weights that were loaded dequantised.
     """
     conversions = getattr(inner, "_weight_conversions", None)
-    if conversions is None or getattr(inner, "hf_quantizer", None) is None:
+    if not any(map(_of_quantiser, conversions or ())):
         return inner
-    return _Converted(inner, [one for one in conversions if _is_reversible(one)])
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    of_class = [one for one in get_model_conversion_mapping(inner, add_legacy=False) if hasattr(one, "operations")]
+    plain = {tuple(one._original_target_patterns): one for one in of_class}
+    kept = (plain.get(tuple(one._original_target_patterns)) if _of_quantiser(one) else one for one in conversions or ())
+    return _Converted(inner, [one for one in kept if one is not None])
 
 
-def _is_reversible(conversion: Any) -> bool:
-    try:
-        conversion.reverse_transform()
-    except NotImplementedError:
-        return False
-    return True
+def _of_quantiser(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", None) or ()
+    return any(type(one).__module__.startswith("transformers.integrations.") for one in operations)
 
 
 def _check_present(state: Mapping[str, object]) -> None:
