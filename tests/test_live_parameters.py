@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def all_weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def names(folder: str = ".") -> list[str]:
+def names(folder: str | Path = ".") -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
 
 
@@ -497,3 +498,26 @@ def test_a_package_that_is_missing_is_named(package: str, live: PeftModel, monke
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(loraweld.RequestError, match=rf"needs {package}: pip install 'loraweld\[live\]'"):
         calls.get(package, lambda: live.save_pretrained_merged("out"))()
+
+
+def of_one_process(rank: int, folder: str, port: int) -> None:
+    """What each process of a distributed run does: all call, one writes."""
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    here = Path(folder) / str(rank)
+    here.mkdir()
+    os.chdir(here)
+    model = loraweld.attach(with_adapter(tf.AutoModelForCausalLM.from_pretrained(Path(folder) / "base"), "llama"))
+    model.save_pretrained_merged("out", tokenizer(), is_main_process=torch.distributed.get_rank() == 0)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_of_several_processes_one_writes(tmp_path: Path) -> None:
+    """The others come back at once and leave nothing, not even a temporary folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    write_base("llama", tmp_path / "base")
+    torch.multiprocessing.spawn(of_one_process, args=(str(tmp_path), port), nprocs=2)
+    assert names(tmp_path / "0") == ["out"] and "model.safetensors" in names(tmp_path / "0" / "out")
+    assert names(tmp_path / "1") == []
