@@ -122,6 +122,7 @@ class Hub:
     """
 
     url: str = ""
+    storage_url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     tokens_seen: set[str] = field(default_factory=set)
@@ -351,7 +352,11 @@ class _Handler(BaseHTTPRequestHandler):
         if is_lfs(path, blob):
             headers = {"X_Linked_Size": str(blob.size), "X_Linked_Etag": f'"{blob.sha256}"', "X_Repo_Commit": sha}
             return self.answer(
-                302, b"", Location=f"{self.hub.url}/storage/{name}/{blob.sha256}", ETag=f'"{blob.sha256}"', **headers
+                302,
+                b"",
+                Location=f"{self.hub.storage_url}/storage/{name}/{blob.sha256}",
+                ETag=f'"{blob.sha256}"',
+                **headers,
             )
         data = blob.read(0, blob.size)
         self.answer(200, data, ETag=f'"{git_hash(data)}"', X_Repo_Commit=sha)
@@ -372,7 +377,7 @@ class _Handler(BaseHTTPRequestHandler):
         for asked in json.loads(self.body)["objects"]:
             one = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in found.objects:
-                place = f"{self.hub.url}/storage/{name}/{asked['oid']}"
+                place = f"{self.hub.storage_url}/storage/{name}/{asked['oid']}"
                 upload: dict[str, Any] = {"href": place}
                 step = self.hub.part_bytes
                 if step and asked["size"] > step:
@@ -480,6 +485,7 @@ def hub_server() -> Iterator[Hub]:
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = _Server(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
+    hub.storage_url = f"http://localhost:{server.server_port}"  # another host, as for the client it is
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -92,6 +92,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
             *("workers", "overwrite", "resume", "tokenizer", "gguf_type", "keep_merged"),
             *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
+            *("stream_base", "token", "push_to_hub", "private", "revision", "create_pr", "commit_message"),
         )
     }
     for name, value in options.items():
@@ -139,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("adapter", nargs="+", metavar="ADAPTER", help="folder of a PEFT adapter; several are summed")
-    add("-o", "--output", required=True, metavar="OUT", help="folder for the model; it appears when complete")
+    add("adapter", nargs="+", metavar="ADAPTER", help="PEFT adapter, a folder or Hub id; several are summed")
+    add("-o", "--output", metavar="OUT", help="folder for the model; it appears when complete")
     add("--base", metavar="BASE", help="base model, a folder or Hub id (default: the one the adapter names)")
     add(
         "--save-method",
@@ -182,8 +183,34 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the tokenizer to ship (default: the adapter's, else the base's)",
     )
     _add_encoding_arguments(parser.add_argument_group("quantised bases and outputs"))
+    _add_hub_arguments(parser.add_argument_group("the Hub"))
     add("--json", action="store_true", help="print the report as JSON on stdout")
     add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_hub_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--push-to-hub",
+        metavar="REPO_ID",
+        help="upload to this repository, in one commit; without -o each file is sent as soon as it is complete, and "
+        "nothing stays on this disk",
+    )
+    add(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="visibility of a new repository (default: the account's)",
+    )
+    add("--revision", metavar="BRANCH", help="branch to commit to, made if it is missing (default: main)")
+    add("--create-pr", action="store_true", help="upload as a pull request")
+    add("--commit-message", metavar="TEXT", help="first line of the commit")
+    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
+    add(
+        "--stream-base",
+        action="store_true",
+        help="read the base from the Hub by ranges, as it is needed; nothing of it is stored",
+    )
 
 
 def _add_encoding_arguments(group: argparse._ArgumentGroup) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from loraweld.hub.upload import Pushed
 from loraweld.planning.merge_plan import MergePlan, ModuleLine, OutputFile
 
 _SHOWN = 5
@@ -57,6 +58,7 @@ class MergeReport:
     resumed_bytes: int
     was_there: bool
     seconds: float
+    pushed: Pushed | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values: `loraweld merge --json`."""
@@ -77,21 +79,36 @@ class MergeReport:
             "resumed_bytes": self.resumed_bytes,
             "was_there": self.was_there,
             "seconds": round(self.seconds, 3),
+            "pushed": asdict(self.pushed) if self.pushed else None,
         }
 
     def lines(self) -> list[str]:
         """Return the report for a person."""
         if self.was_there:
-            return [f"{self.output} already holds exactly this merge (compared byte by byte)"]
+            compared = f"{self.output} already holds exactly this merge (compared byte by byte)"
+            return [compared, *_pushed_lines(self.pushed)]
         rate = self.bytes_written / max(self.seconds, 1e-9)
         return [
             f"{self.output}: {human_bytes(self.bytes_written)} in {self.seconds:.1f} s ({human_bytes(int(rate))}/s)",
+            *_pushed_lines(self.pushed),
             f"base {self.base}, adapter {', '.join(self.adapters)}, {self.dtype}",
             f"tensors: {counts(self.recipes)}",
             *_module_lines(self.modules),
-            *_fidelity_lines(self.fidelity),
+            *fidelity_lines(self.fidelity),
             *(f"note: {note}" for note in self.notes),
         ]
+
+
+def _pushed_lines(pushed: Pushed | None) -> list[str]:
+    """Where the model is, and what did not have to be sent."""
+    if pushed is None:
+        return []
+    saved = [
+        f"{human_bytes(count)} {what}"
+        for count, what in ((pushed.resumed_bytes, "sent by earlier runs"), (pushed.copied_bytes, "copied on the Hub"))
+        if count
+    ]
+    return [f"pushed: {pushed.url} ({', '.join([f'{human_bytes(pushed.sent_bytes)} sent', *saved])})"]
 
 
 def lost_change_notes(fidelity: Sequence[WeightFidelity]) -> list[str]:
@@ -107,7 +124,7 @@ def lost_change_notes(fidelity: Sequence[WeightFidelity]) -> list[str]:
     ]
 
 
-def _fidelity_lines(fidelity: Sequence[WeightFidelity]) -> list[str]:
+def fidelity_lines(fidelity: Sequence[WeightFidelity]) -> list[str]:
     """The middle and the worst of what encoding has done, over the edited weights."""
     if not fidelity:
         return []

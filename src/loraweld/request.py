@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from loraweld.checkpoint.encodings.bnb4 import BLOCKSIZES
 from loraweld.errors import OutputError, RequestError
 from loraweld.gguf_types import parse_quantization
+from loraweld.hub.target import HubTarget, parse_target
 from loraweld.save_methods import ONLY_FOR, nearest_name, normal_name, parse_save_method
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -23,6 +24,7 @@ MIN_MEMORY_BYTES = 64 * 10**6
 MAX_SIZE_BYTES = 2**62
 MAX_WORKERS = 256
 DEFAULT_WORKERS = 4
+WHOLE_METHODS = ("gguf", "lora")  # their files are made of the whole model, or are small
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
@@ -35,7 +37,8 @@ class MergeRequest:
     """A merge as asked for. Sizes in bytes; `base` None means the one the adapter's config names.
 
     `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
-    the adapter was trained on, None for the one that its config names.
+    the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
+    `keeps_output` the output is then only the name beside which files are staged.
     """
 
     adapters: tuple[Path, ...]
@@ -58,12 +61,21 @@ class MergeRequest:
     skip_modules: tuple[str, ...] = ()
     gguf_types: tuple[str, ...] = ()
     keep_merged: bool = False
+    stream_base: bool = False
+    token: str | bool | None = field(default=None, repr=False)
+    hub: HubTarget | None = None
+    keeps_output: bool = True
+
+    @property
+    def streams_to_hub(self) -> bool:
+        """Whether files go to the Hub one by one and leave the disk; not those that are made of the whole model."""
+        return self.hub is not None and not self.keeps_output and self.save_method not in WHOLE_METHODS
 
 
 def make_request(
     adapter: PathLike | Sequence[PathLike],
     *,
-    output: PathLike,
+    output: PathLike | None = None,
     base: PathLike | None = None,
     save_method: str = "merged_16bit",
     dtype: str = "auto",
@@ -81,6 +93,13 @@ def make_request(
     skip_modules: Sequence[str] | None = None,
     gguf_type: str | Sequence[str] | None = None,
     keep_merged: bool = False,
+    stream_base: bool = False,
+    token: str | bool | None = None,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
 ) -> MergeRequest:
     """Check the options and return them as one value.
 
@@ -105,10 +124,13 @@ def make_request(
         "keep_merged": keep_merged or None,
     }
     options = _options(save_method, method, implied, given, merge_base)
+    hub = _hub(push_to_hub, token, private=private, revision=revision, create_pr=create_pr, message=commit_message)
+    if output is None and hub is None:
+        raise RequestError("no output was given; expected a folder (-o OUT), or a repository (--push-to-hub)")
     folded, _, quantized_base = merge_base.partition(":")
     return MergeRequest(
         adapters=tuple(Path(path) for path in adapters),
-        output=_output(Path(output)),
+        output=_output(Path(output)) if output is not None else _staged_for(hub, method),
         base=None if base is None else os.fspath(base),
         save_method=method,
         max_shard_bytes=None if max_shard_size is None else parse_size("max_shard_size", max_shard_size),
@@ -119,8 +141,32 @@ def make_request(
         tokenizer=None if tokenizer is None else Path(tokenizer),
         merge_base=_choice("merge_base", folded, (AS_GIVEN, QUANTIZED_FROM)),
         quantized_base=quantized_base or None,
+        stream_base=stream_base,
+        token=token,
+        hub=hub,
+        keeps_output=output is not None,
         **options,
     )
+
+
+def _hub(
+    repo_id: str | None,
+    token: str | bool | None,
+    *,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    message: str | None,
+) -> HubTarget | None:
+    if repo_id is not None:
+        return parse_target(
+            repo_id, token=token, private=private, revision=revision, create_pr=create_pr, commit_message=message
+        )
+    given = {"private": private, "revision": revision, "create_pr": create_pr or None, "commit_message": message}
+    for option, value in given.items():
+        if value is not None:
+            raise RequestError(f"{option} has no effect without push_to_hub; give the repository, or leave it out")
+    return None
 
 
 def parse_size(option: str, value: int | str) -> int:
@@ -139,6 +185,12 @@ def parse_size(option: str, value: int | str) -> int:
     if not 1 <= size <= MAX_SIZE_BYTES:
         raise RequestError(f"{option} is {value!r}, expected more than zero bytes and at most 4 EiB")
     return size
+
+
+def _staged_for(hub: HubTarget | None, method: str) -> Path:
+    """The place, here, of a model that goes to the Hub only: one that is sent in pieces is only staged beside it."""
+    assert hub is not None
+    return Path(hub.name) if method not in WHOLE_METHODS else Path(f".{hub.name}.loraweld-push") / hub.name
 
 
 def _output(path: Path) -> Path:

@@ -49,11 +49,12 @@ class Adapter:
     parameters: Mapping[str, StoredTensor]
     untrained: tuple[StoredTensor, ...]
     scratch: Scratch | None = field(repr=False, compare=False)
+    name: str | None = None
 
     @property
     def label(self) -> str:
-        """The folder's name, by which reports call the adapter."""
-        return self.folder.name or str(self.folder)
+        """The name by which reports call the adapter: its own on the Hub, else the folder's."""
+        return self.name or self.folder.name or str(self.folder)
 
     @property
     def keys(self) -> list[str]:
@@ -62,8 +63,8 @@ class Adapter:
         return [tensor.name for tensor in (*parts, *self.parameters.values())]
 
 
-def open_adapter(folder: Path) -> Adapter:
-    """Open the PEFT adapter in `folder`, or in its only subfolder that holds one.
+def open_adapter(folder: Path, *, label: str | None = None) -> Adapter:
+    """Open the PEFT adapter in `folder`, or in its only subfolder that holds one; `label` is its name on the Hub.
 
     Raises:
         AdapterError: no adapter there, not PEFT's format, damaged, or of a kind that cannot be merged.
@@ -83,6 +84,7 @@ def open_adapter(folder: Path) -> Adapter:
         parameters=grouped.parameters,
         untrained=tuple(grouped.untrained),
         scratch=scratch,
+        name=label,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, Source
 from loraweld.checkpoint.encodings.recognise import recognise
 from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.checkpoint.mounted import exists, mounted_in
 from loraweld.checkpoint.stored import PickledFile, SafetensorsFile, StoredFile, StoredTensor, read_safetensors
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import CheckpointError, listing
@@ -37,7 +38,7 @@ class Base:
 
     `tensors` are the weights that a model has, a quantised one grouped with its scales; `stored` are the tensors of
     the files; `aside` those of them that only a quantised runtime knows. `label` is what the user called it (a Hub
-    id or a path); `commit` the Hub's commit, if it came from there.
+    id or a path); `commit` the Hub's commit, if it came from there. `scratch` keeps alive what they are read from.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Base:
     tensors: Mapping[str, Source] = field(repr=False)
     stored: Mapping[str, StoredTensor] = field(repr=False)
     aside: tuple[str, ...]
+    scratch: object = field(default=None, repr=False, compare=False)
 
     @property
     def model_type(self) -> str:
@@ -80,7 +82,7 @@ class Base:
         return max(totals, key=lambda code: totals[code]) if totals else "F32"
 
 
-def open_base(folder: Path, *, label: str | None = None, commit: str | None = None) -> Base:
+def open_base(folder: Path, *, label: str | None = None, commit: str | None = None, scratch: object = None) -> Base:
     """Open the model in `folder`: its weights (an index decides which, if there is one) and config.json.
 
     Weights are `*.safetensors`, and pytorch_model.bin only where transformers finds no others.
@@ -95,7 +97,7 @@ def open_base(folder: Path, *, label: str | None = None, commit: str | None = No
     config = read_json_object(config_path) if config_path.exists() else {}
     _check_config(config, config_path)
     index_path = _index_path(folder)
-    is_whole = (folder / SINGLE_NAME).exists()  # then transformers does not look at an index either
+    is_whole = exists(folder / SINGLE_NAME)  # then transformers does not look at an index either
     index = read_json_object(index_path) if index_path.exists() and not is_whole else None
     names = _indexed_files(index, index_path) if index is not None else _weight_files(folder)
     files = _read_files(folder, names)
@@ -116,6 +118,7 @@ def open_base(folder: Path, *, label: str | None = None, commit: str | None = No
         tensors=weights.tensors,
         stored=stored,
         aside=weights.aside,
+        scratch=scratch,
     )
 
 
@@ -129,7 +132,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 def holds_pickles(folder: Path) -> bool:
     """Return whether transformers takes the weights in `folder` from pytorch_model.bin or its shards."""
-    if any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+    if any(exists(folder / name) for name in (SINGLE_NAME, INDEX_NAME)):
         return False
     return any((folder / name).exists() for name in (PICKLE_NAME, PICKLE_INDEX_NAME))
 
@@ -152,9 +155,10 @@ def _weight_files(folder: Path) -> list[str]:
     """File names as transformers finds them without an index; without its names, all safetensors there are."""
     if holds_pickles(folder):
         return [PICKLE_NAME]
-    if (folder / SINGLE_NAME).exists():
+    if exists(folder / SINGLE_NAME):
         return [SINGLE_NAME]
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    paths = {*folder.glob("*.safetensors"), *mounted_in(folder)}
+    names = sorted(path.name for path in paths)
     if not names:
         raise CheckpointError(
             f"holds neither *.safetensors nor {PICKLE_NAME} or {PICKLE_INDEX_NAME}; it has\n{_what_is_there(folder)}",
@@ -179,7 +183,7 @@ def _indexed_files(index: Mapping[str, Any], path: Path) -> list[str]:
     for name in names:
         if not _is_plain_name(name):
             raise CheckpointError(f"names the file {name!r}; weights lie beside their index, as plain names", path=path)
-        if not (path.parent / name).exists():
+        if not exists(path.parent / name):
             raise CheckpointError(f"names {name!r}, which is missing; is the download complete?", path=path)
     return names
 

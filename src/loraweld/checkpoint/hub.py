@@ -9,7 +9,9 @@ from pathlib import Path
 
 from loraweld.checkpoint.base import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
 from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.checkpoint.remote import hub_folder
 from loraweld.errors import CheckpointError
+from loraweld.hub.client import explained
 
 # What a base needs: weights in safetensors and the small files beside them; pickles only where there are no others.
 _PATTERNS = [
@@ -23,19 +25,24 @@ _PATTERNS = [
     "*.md",
     "LICENSE*",
 ]
+_OF_ADAPTERS = ["adapter_*", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*/adapter_*"]
 _PICKLES = [PICKLE_NAME, "pytorch_model-*.bin"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """A model's folder, what the user called it, and the Hub's commit if it is a snapshot."""
+    """A model's folder, what the user called it, and the Hub's commit if it is a snapshot.
+
+    `scratch` keeps the folder alive, if it is one for the time being.
+    """
 
     folder: Path
     label: str
     commit: str | None = None
+    scratch: object = None
 
 
-def locate_base(name: str, *, revision: str | None = None) -> Located:
+def locate_base(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Located:
     """Return the folder of `name`: itself if it is one, else the Hub's snapshot, cached or downloaded.
 
     Raises:
@@ -44,9 +51,44 @@ def locate_base(name: str, *, revision: str | None = None) -> Located:
     path = Path(name).expanduser()
     if path.is_dir():
         return Located(folder=path, label=name)
+    _check_name(name, path, "base")
+    return _snapshot(name, revision, token)
+
+
+def stream_base(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Located:
+    """Return a folder whose weights are read from the Hub as they are needed; nothing of them is stored.
+
+    Raises:
+        CheckpointError: no model of the Hub, or one that holds pickles only.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        raise CheckpointError(f"base {name!r} is on this machine; --stream-base is for one on the Hub")
+    _check_name(name, path, "base")
+    with _explained(name, revision, token=token):
+        folder, commit = hub_folder(name, revision, token, patterns=_PATTERNS)
+    return Located(folder=folder.folder, label=name, commit=commit, scratch=folder)
+
+
+def locate_adapter(path: Path, *, token: str | bool | None = None) -> Located:
+    """Return the folder of an adapter: itself if it is there, else the Hub's snapshot of that name.
+
+    Raises:
+        CheckpointError: the Hub (or, offline, the cache) has no such repository.
+    """
+    name = path.as_posix()
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return Located(folder=path, label=path.name or str(path))
+    from huggingface_hub import snapshot_download
+
+    with _explained(name, None, what="adapter", option="its path", token=token):
+        found = snapshot_download(name, token=token, allow_patterns=_OF_ADAPTERS)
+    return Located(folder=Path(found), label=name, commit=Path(found).name)
+
+
+def _check_name(name: str, path: Path, what: str) -> None:
     if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"base {name!r} is not a folder; give a model folder or a Hub id with --base")
-    return _snapshot(name, revision)
+        raise CheckpointError(f"{what} {name!r} is not a folder; give a model folder or a Hub id with --base")
 
 
 def locate_config(name: str, *, revision: str | None = None) -> Path:
@@ -105,32 +147,37 @@ def known_config(name: str, *, revision: str | None = None) -> Path | None:
     return folder / "config.json" if folder is not None else None
 
 
-def _snapshot(repo_id: str, revision: str | None) -> Located:
-    with _explained(repo_id, revision):
-        folder = Path(_cached_or_downloaded(repo_id, revision))
+def _snapshot(repo_id: str, revision: str | None, token: str | bool | None) -> Located:
+    with _explained(repo_id, revision, token=token):
+        folder = Path(_cached_or_downloaded(repo_id, revision, token))
     return Located(folder=folder, label=repo_id, commit=folder.name)
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None, *, option: str = "--base") -> Iterator[None]:
+def _explained(
+    repo_id: str,
+    revision: str | None,
+    *,
+    what: str = "base",
+    option: str = "--base",
+    token: str | bool | None = None,
+) -> Iterator[None]:
     """Turn what the Hub's client raises into one message for the user."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     at = f" at revision {revision!r}" if revision else ""
-    try:
-        yield
-    except HFValidationError:
-        raise CheckpointError(
-            f"base {repo_id!r} is neither a folder nor a valid Hub id; give its folder with {option}"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"base {repo_id!r}{at} is not in the local Hub cache and the Hub cannot be reached; "
-            f"give its folder with {option}, or go online (HF_HUB_OFFLINE unset)"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"base {repo_id!r}{at} cannot be downloaded: {reason}") from None
+    with explained(f"{what} {repo_id!r}{at} cannot be had", CheckpointError, token=token):
+        try:
+            yield
+        except HFValidationError:
+            raise CheckpointError(
+                f"{what} {repo_id!r} is neither a folder nor a valid Hub id; give its folder with {option}"
+            ) from None
+        except LocalEntryNotFoundError:
+            raise CheckpointError(
+                f"{what} {repo_id!r}{at} is not in the local Hub cache and the Hub cannot be reached; "
+                f"give its folder with {option}, or go online (HF_HUB_OFFLINE unset)"
+            ) from None
 
 
 def _config(repo_id: str, revision: str | None) -> str:
@@ -139,7 +186,7 @@ def _config(repo_id: str, revision: str | None) -> str:
     return str(hf_hub_download(repo_id, "config.json", revision=revision))
 
 
-def _cached_or_downloaded(repo_id: str, revision: str | None) -> str:
+def _cached_or_downloaded(repo_id: str, revision: str | None, token: str | bool | None) -> str:
     """Prefer a complete snapshot in the cache: no network, and the same bytes as the last time."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -150,9 +197,9 @@ def _cached_or_downloaded(repo_id: str, revision: str | None) -> str:
             return str(found)
     except LocalEntryNotFoundError:
         pass
-    found = snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS)
+    found = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=_PATTERNS)
     if not _holds(Path(found), SINGLE_NAME, INDEX_NAME):
-        found = snapshot_download(repo_id, revision=revision, allow_patterns=_PICKLES)
+        found = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=_PICKLES)
     return str(found)
 
 

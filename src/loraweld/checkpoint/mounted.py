@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import BinaryIO, Protocol, cast
 
 
 class MountedFile(Protocol):
-    """What reading needs of a file: its size and its bytes at any place, from any thread."""
+    """What reading needs of a file: its size, what identifies its content, its bytes at any place, from any thread."""
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def identity(self) -> str: ...
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `offset`."""
@@ -27,14 +31,38 @@ _lock = threading.Lock()
 @contextmanager
 def mount(path: Path, file: MountedFile) -> Iterator[None]:
     """Serve the bytes of `path`, a name that no other mount has, from `file` within the block."""
-    with _lock:
-        assert path not in _mounted
-        _mounted[path] = file
+    _add(path, file)
     try:
         yield
     finally:
-        with _lock:
-            del _mounted[path]
+        _remove(path)
+
+
+def mount_for(owner: object, path: Path, file: MountedFile) -> None:
+    """Serve the bytes of `path` from `file` for as long as `owner` lives."""
+    _add(path, file)
+    weakref.finalize(owner, _remove, path)
+
+
+def _add(path: Path, file: MountedFile) -> None:
+    with _lock:
+        assert path not in _mounted
+        _mounted[path] = file
+
+
+def _remove(path: Path) -> None:
+    with _lock:
+        del _mounted[path]
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something to read at `path`, in a file or mounted."""
+    return path in _mounted or path.exists()
+
+
+def mounted_in(folder: Path) -> list[Path]:
+    """Return the paths in `folder` whose bytes are not in files."""
+    return [path for path in list(_mounted) if path.parent == folder]
 
 
 def mounted(path: Path) -> MountedFile | None:

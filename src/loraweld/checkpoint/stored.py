@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loraweld.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
-from loraweld.checkpoint.mounted import open_stored
+from loraweld.checkpoint.mounted import mounted, open_stored
 from loraweld.dtypes import num_bytes
 from loraweld.errors import CheckpointError
 
@@ -110,8 +110,8 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         CheckpointError: not a regular file, not readable, or a header that breaks the format.
     """
     try:
-        with path.open("rb") as file:
-            file_bytes = regular_file_bytes(file)
+        with open_stored(path) as file:
+            file_bytes = stored_bytes(path, file)
             length = header_length(file.read(LENGTH_BYTES), file_bytes)
             file.seek(0)
             header = parse_header(file.read(LENGTH_BYTES + length), file_bytes)
@@ -120,6 +120,25 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     except CheckpointError as error:
         raise error if error.path else CheckpointError(str(error), path=path) from None
     return SafetensorsFile(path=path, header=header, file_bytes=file_bytes, tensors=tuple(_tensors(path, header)))
+
+
+def stored_bytes(path: Path, file: BinaryIO) -> int:
+    """Return the size of what `open_stored` has opened.
+
+    Raises:
+        CheckpointError: a pipe, a device: nothing that can be read at any place.
+    """
+    served = mounted(path)
+    return regular_file_bytes(file) if served is None else served.size
+
+
+def file_identity(path: Path) -> tuple[object, ...]:
+    """Return what tells this content of `path` from another one without reading it."""
+    served = mounted(path)
+    if served is not None:
+        return (served.identity,)
+    info = path.stat()
+    return info.st_size, info.st_mtime_ns, info.st_ino
 
 
 def regular_file_bytes(file: BinaryIO) -> int:

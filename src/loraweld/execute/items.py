@@ -6,16 +6,17 @@ encoded anew: one item, codes and scales, since scales may depend on all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from loraweld.planning.merge_plan import MergePlan, Recipe, WeightFile
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Bytes [start, end) of output file `file`; a whole file that equals one of the base's is one item.
+    """Bytes [start, end) of output file `file`; a file that equals `whole`, one of the base's, may be one item.
 
     `encoded` is the recipe whose parts these bytes are, if the item is a weight to encode.
     """
@@ -24,6 +25,7 @@ class Item:
     start: int
     end: int
     encoded: Recipe | None = None
+    whole: Path | None = None
 
     @property
     def key(self) -> str:
@@ -31,11 +33,11 @@ class Item:
         return f"{self.file.name}:{self.start}:{self.end}"
 
 
-def work_items(plan: MergePlan) -> Iterator[Item]:
-    """Yield the items of all weight files in order."""
+def work_items(plan: MergePlan, copies: Callable[[Path], bool]) -> Iterator[Item]:
+    """Yield the items of all weight files in order; `copies` says whether a sink copies a file whole."""
     for file in plan.weights:
-        if file.same_as is not None:
-            yield Item(file, 0, file.num_bytes)
+        if file.same_as is not None and copies(file.same_as):
+            yield Item(file, 0, file.num_bytes, whole=file.same_as)
         else:
             yield from _items(file, plan.item_bytes)
 

@@ -21,10 +21,11 @@ from loraweld.compute.editor import Scratch
 from loraweld.compute.fidelity import Fidelity
 from loraweld.execute.fill import Filler
 from loraweld.execute.items import Item, work_items
-from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, WeightFile
+from loraweld.planning.merge_plan import MergePlan, WeightFile
 from loraweld.sinks.system import aligned_buffer
 
 CHECKPOINT_BYTES = 256 << 20
+_LOOK_SECONDS = 0.5
 Progress = Callable[[int], None]
 # The items of a journal, by key, with what was measured while each was made.
 Measured = Mapping[str, Sequence[float]]
@@ -44,6 +45,11 @@ class Sink(Protocol):
 
     @property
     def journal(self) -> JournalLike: ...
+
+    @property
+    def files_at_once(self) -> int | None: ...
+
+    def copies(self, source: Path) -> bool: ...
 
     def create(self, name: str, size: int, *, aligned: bool) -> None: ...
 
@@ -75,8 +81,11 @@ class RunResult:
     base_difference: float | None
 
 
-def run_plan(plan: MergePlan, sink: Sink, *, record: str | None, progress: Progress) -> RunResult:
-    """Make every file of `plan` in `sink` and publish it; `record` is the text of loraweld.json, if there is one.
+Closing = Callable[[RunResult], Mapping[str, str]]
+
+
+def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progress) -> RunResult:
+    """Make every file of `plan` in `sink` and publish it; `closing` says what is written last, by what a run has found.
 
     Raises:
         LoraweldError: a source is damaged, a value does not exist in the output dtype.
@@ -93,8 +102,8 @@ def run_plan(plan: MergePlan, sink: Sink, *, record: str | None, progress: Progr
                 sink.copy(small.name, small.source)
             else:
                 sink.write_text(small.name, small.text or "")
-        if record is not None:
-            sink.write_text(RECORD_NAME, record)
+        for name, text in closing(result).items():
+            sink.write_text(name, text)
         sink.publish()
     finally:
         torch.set_num_threads(threads)
@@ -116,13 +125,14 @@ class _Run:
         self._stop = threading.Event()
         # One thread per core computes, the others wait for the disk: more would only wait for each other.
         self._computing = threading.Semaphore(os.cpu_count() or 1)
-        self._files = _OpenFiles(plan, sink)
+        self._items = list(work_items(plan, sink.copies))
+        self._files = _OpenFiles(self._items, sink, self._stop)
         self._checkpoint = _Checkpoint(sink)
         self._measured: dict[str, Sequence[float]] = {}
 
     def weights(self) -> RunResult:
-        done = [item for item in work_items(self._plan) if item.key in self._sink.journal.done]
-        left = [item for item in work_items(self._plan) if item.key not in self._sink.journal.done]
+        done = [item for item in self._items if item.key in self._sink.journal.done]
+        left = [item for item in self._items if item.key not in self._sink.journal.done]
         resumed = sum(item.end - item.start for item in done)
         self._progress(resumed)
         for item in done:
@@ -135,7 +145,7 @@ class _Run:
             saw_no_change=not done and not self._filler.check_any_change(),
             fidelity={
                 item.encoded.name: Fidelity(*values)
-                for item in work_items(self._plan)
+                for item in self._items
                 if item.encoded is not None and (values := self._measured.get(item.key))
             },
             base_difference=self._filler.base_difference(),
@@ -155,8 +165,8 @@ class _Run:
     def _one(self, item: Item) -> None:
         if self._stop.is_set():
             return
-        if item.file.same_as is not None:
-            self._sink.copy(item.file.name, item.file.same_as)
+        if item.whole is not None:
+            self._sink.copy(item.file.name, item.whole)
         else:
             self._files.open(item.file)
             self._make(item)
@@ -186,32 +196,49 @@ class _Run:
 
 
 class _OpenFiles:
-    """Opens an output file at its first item and finishes it after its last."""
+    """Opens an output file at its first item and finishes it after its last; no more at once than the sink takes."""
 
-    def __init__(self, plan: MergePlan, sink: Sink) -> None:
+    def __init__(self, items: Iterable[Item], sink: Sink, stop: threading.Event) -> None:
         self._sink = sink
-        self._lock = threading.Lock()
+        self._stop = stop
+        self._changed = threading.Condition()
         self._open: set[str] = set()
+        self._finished: set[str] = set()
         self._left: dict[str, int] = {}
-        for item in work_items(plan):
+        for item in items:
             self._left[item.file.name] = self._left.get(item.file.name, 0) + 1
 
     def open(self, file: WeightFile) -> None:
-        with self._lock:
+        """Open a file if it is not, once there is room for it.
+
+        Raises:
+            _Stopped: another thread has failed meanwhile.
+        """
+        with self._changed:
+            while file.name not in self._open and self._is_full():
+                if self._stop.is_set():
+                    raise _Stopped
+                self._changed.wait(_LOOK_SECONDS)
             if file.name not in self._open:
                 self._sink.create(file.name, file.num_bytes, aligned=not file.has_encoded)
                 self._open.add(file.name)
 
+    def _is_full(self) -> bool:
+        return len(self._open) - len(self._finished) >= (self._sink.files_at_once or len(self._left) + 1)
+
     def item_done(self, item: Item, finish: Callable[[], None] | None = None) -> None:
         """Count an item; with the last one of a file, journal what is pending and close the file."""
-        with self._lock:
+        with self._changed:
             self._left[item.file.name] -= 1
             last = self._left[item.file.name] == 0
-        if last and item.file.same_as is None:
+        if last and item.whole is None:
             self.open(item.file)
             if finish:
                 finish()
             self._sink.finish(item.file.name, item.file.num_bytes)
+            with self._changed:
+                self._finished.add(item.file.name)
+                self._changed.notify_all()
 
 
 class _Checkpoint:
@@ -237,7 +264,7 @@ class _Checkpoint:
             with self._lock:
                 items, self._pending, self._bytes = self._pending, [], 0
             if items:
-                self._sink.make_durable({item.file.name for item, _ in items if item.file.same_as is None})
+                self._sink.make_durable({item.file.name for item, _ in items if item.whole is None})
                 self._sink.journal.append({item.key: measured for item, measured in items})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ from loraweld.export.tools import check_tools
 from loraweld.planning.build import build_plan
 from loraweld.planning.facts import Facts, gather_facts
 from loraweld.planning.gguf_output import plan_gguf
-from loraweld.planning.merge_plan import MERGED_FOLDER, RECORD_NAME, MergePlan
+from loraweld.planning.merge_plan import MERGED_FOLDER, RECORD_NAME, MergePlan, OutputFile
 from loraweld.request import MergeRequest
 from loraweld.sinks import system
 from loraweld.sinks.folder import Complete
@@ -54,3 +55,18 @@ def completion(made: MergePlan, say: Callable[[str], None]) -> Complete | None:
             shutil.rmtree(model)
 
     return complete
+
+
+def beside_export(plan: MergePlan, complete: Complete, name: str, text: str) -> tuple[MergePlan, Complete]:
+    """Return a plan that ends in files of another program, and its end, with one more file beside them."""
+    assert plan.export is not None
+    file = OutputFile(name=name, num_bytes=len(text.encode()))
+
+    def complete_with_file(output: Path) -> None:
+        complete(output)
+        with (output / name).open("wb") as target:
+            target.write(text.encode())
+            target.flush()
+            os.fsync(target.fileno())
+
+    return replace(plan, export=replace(plan.export, files=(*plan.export.files, file))), complete_with_file

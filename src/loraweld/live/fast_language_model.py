@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from loraweld.errors import RequestError
+from loraweld.hub.target import check_flag
 from loraweld.live.attach import attach
 from loraweld.live.machine import require
-from loraweld.live.parameters import check_flag
 from loraweld.live.weights import base_of
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -63,21 +63,6 @@ def as_pickles(plan: MergePlan, save: Callable[..., Any]) -> tuple[MergePlan, Co
     return made, complete
 
 
-def beside_export(plan: MergePlan, complete: Complete, name: str, text: str) -> tuple[MergePlan, Complete]:
-    """Return a plan that ends in files of another program, and its end, with one more file beside them."""
-    assert plan.export is not None
-    file = OutputFile(name=name, num_bytes=len(text.encode()))
-
-    def complete_with_file(output: Path) -> None:
-        complete(output)
-        with (output / name).open("wb") as target:
-            target.write(text.encode())
-            target.flush()
-            os.fsync(target.fileno())
-
-    return replace(plan, export=replace(plan.export, files=(*plan.export.files, file))), complete_with_file
-
-
 def _pickle_name(name: str) -> str:
     return f"pytorch_{name.removesuffix('.safetensors')}.bin"
 

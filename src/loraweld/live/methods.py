@@ -11,18 +11,15 @@ import torch
 
 from loraweld.errors import RequestError
 from loraweld.gguf_types import parse_quantization
+from loraweld.hub.target import COMMIT_MESSAGE, check_flag, parse_target
 from loraweld.live.parameters import (
     MAX_SHARD_SIZE,
     TEMPORARY_LOCATION,
-    check_flag,
     parse_directory,
-    parse_hub_options,
     parse_options,
 )
 from loraweld.live.push import push_model
 from loraweld.live.save import save_model
-
-COMMIT_MESSAGE = "Upload model merged with loraweld"
 
 
 def save_pretrained_merged(
@@ -70,7 +67,7 @@ def save_pretrained_merged(
     """
     check_flag("push_to_hub", push_to_hub)
     check_flag("is_main_process", is_main_process)
-    hub = parse_hub_options(save_directory, name="save_directory", token=token) if push_to_hub else None
+    hub = parse_target(save_directory, name="save_directory", token=token) if push_to_hub else None
     options = parse_options(
         None if hub else parse_directory(save_directory),
         tokenizer=tokenizer,
@@ -139,11 +136,12 @@ def push_to_hub_merged(
     Raises:
         LoraweldError: something the user can fix; the repository is as it was.
     """
-    hub = parse_hub_options(
+    if use_temp_dir is not None:
+        check_flag("use_temp_dir", use_temp_dir)
+    hub = parse_target(
         repo_id,
         name="repo_id",
         token=token,
-        use_temp_dir=use_temp_dir,
         commit_message=commit_message,
         commit_description=commit_description,
         private=private,
@@ -166,7 +164,7 @@ def push_to_hub_merged(
         maximum_memory_usage=maximum_memory_usage,
         datasets=datasets,
     )
-    push_model(model, options, hub)
+    push_model(model, options, hub, keep_folder=use_temp_dir is False)
 
 
 def save_pretrained_gguf(
@@ -249,7 +247,7 @@ def push_to_hub_gguf(
     Raises:
         LoraweldError: something the user can fix; the repository is as it was.
     """
-    hub = parse_hub_options(
+    hub = parse_target(
         repo_id,
         name="repo_id",
         token=token,

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from loraweld.errors import RequestError
+from loraweld.hub.target import check_flag
 from loraweld.request import parse_size
 from loraweld.save_methods import parse_save_method
 
 TEMPORARY_LOCATION = "_unsloth_temporary_saved_buffers"
 MAX_SHARD_SIZE = "5GB"
 MAX_SHARE = 0.95
-_REPO_ID = re.compile(r"([\w][\w.-]*/)?[\w][\w.-]*", re.ASCII)
-_BRANCH = re.compile(r"[\w][\w./-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +45,6 @@ class SaveOptions:
     temporary_location: Path = Path(TEMPORARY_LOCATION)
     maximum_memory_usage: float = 0.75
     gguf_types: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubOptions:
-    """Where on the Hub the model goes, and what the commit says."""
-
-    repo_id: str
-    keep_folder: bool
-    commit_message: str
-    commit_description: str | None
-    private: bool | None
-    create_pr: bool
-    revision: str | None
 
 
 def parse_options(
@@ -123,72 +109,6 @@ def parse_directory(save_directory: object) -> Path:
     if not isinstance(save_directory, str | os.PathLike) or not os.fspath(save_directory):
         raise RequestError(f"save_directory is {save_directory!r}, expected a path")
     return Path(save_directory).expanduser()
-
-
-def parse_hub_options(
-    repo_id: object,
-    *,
-    name: str,
-    token: str | bool | None,
-    use_temp_dir: bool | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    create_pr: bool = False,
-    revision: str | None = None,
-) -> HubOptions:
-    """Check what concerns the Hub; `name` is what the caller's parameter for the repository is called.
-
-    Raises:
-        RequestError: names the parameter, its value and what would be valid.
-    """
-    text = os.fspath(repo_id) if isinstance(repo_id, str | os.PathLike) else ""
-    if not _REPO_ID.fullmatch(text) or ".." in text or "--" in text or text.endswith((".git", ".", "-")):
-        raise RequestError(f"{name} is {repo_id!r}, expected a Hub repository: 'name' or 'owner/name'")
-    if token is False:
-        raise RequestError("token is False, and nothing is uploaded without one; give a token, True or None")
-    for option, value in (("use_temp_dir", use_temp_dir), ("private", private)):
-        if value is not None:
-            check_flag(option, value)
-    check_flag("create_pr", create_pr)
-    for option, said in (("commit_message", commit_message), ("commit_description", commit_description)):
-        _check_text(option, said)
-    _check_revision(revision)
-    if create_pr and revision is not None:
-        raise RequestError(
-            f"create_pr is True and revision {revision!r}: a pull request is opened on the default branch"
-        )
-    return HubOptions(
-        repo_id=text,
-        keep_folder=use_temp_dir is False,
-        commit_message=commit_message or "Upload model merged with loraweld",
-        commit_description=commit_description,
-        private=private,
-        create_pr=create_pr,
-        revision=revision,
-    )
-
-
-def _check_text(option: str, value: object) -> None:
-    if value is not None and not isinstance(value, str):
-        raise RequestError(f"{option} is {value!r}, expected a text")
-
-
-def _check_revision(revision: object) -> None:
-    if revision is None:
-        return
-    is_branch = isinstance(revision, str) and _BRANCH.fullmatch(revision) and ".." not in revision
-    is_other = str(revision).startswith("refs/") and not re.fullmatch(r"refs/pr/[1-9]\d*", str(revision))
-    if not is_branch or is_other:
-        raise RequestError(f"revision is {revision!r}, expected the name of a branch or refs/pr/N")
-
-
-def check_flag(option: str, value: object) -> None:
-    """Raises:
-    RequestError: the value is not True or False.
-    """
-    if not isinstance(value, bool):
-        raise RequestError(f"{option} is {value!r}, expected True or False")
 
 
 def _check_tokenizer(tokenizer: object) -> None:

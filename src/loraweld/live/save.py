@@ -16,17 +16,20 @@ from typing import Any
 import torch
 
 from loraweld.adapter.files import open_adapter
-from loraweld.api import fulfil, plan_request
+from loraweld.api import plan_request
 from loraweld.checkpoint.base import CONFIG_NAME, Base
 from loraweld.checkpoint.encodings.recognise import quantization_settings, recognise
 from loraweld.checkpoint.hub import known_config, small_files
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.stored import MemoryFile
+from loraweld.delivery import deliver
 from loraweld.errors import OutputError, RequestError, listing
 from loraweld.export.pipeline import completion
+from loraweld.hub.card import CardFacts
+from loraweld.hub.repository import Repository
+from loraweld.hub.upload import Pushed
 from loraweld.live.adapters import LiveAdapters, as_in_memory, find_adapters, save_adapter
-from loraweld.live.card import card_text
-from loraweld.live.layout import as_pickles, beside_export, with_variant
+from loraweld.live.layout import as_pickles, with_variant
 from loraweld.live.machine import free_memory_bytes, workspace
 from loraweld.live.memory import tensors_as_file
 from loraweld.live.parameters import SaveOptions
@@ -37,7 +40,6 @@ from loraweld.planning.facts import Facts, facts_of
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, SmallFile
 from loraweld.request import QUANT_TYPES, MergeRequest, make_request
 
-CARD_NAME = "README.md"
 MAX_MEMORY_BYTES = 512 * 10**6  # more does not make it faster
 _log = logging.getLogger("loraweld")
 # What an earlier save has left in the output folder; anything else there is not ours to remove.
@@ -45,6 +47,14 @@ _OF_MODELS = (
     *("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index*.json", "*.gguf", "Modelfile*"),
     *("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.py", "README.md", "LICENSE*"),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Push:
+    """A repository that the model goes to; with `keeps_output` a folder of it stays here."""
+
+    repository: Repository
+    keeps_output: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,24 +98,22 @@ def _origin(config: Any, options: SaveOptions, *, ask: bool) -> Path | None:
     return found.parent if found is not None else None
 
 
-def save_model(model: Any, options: SaveOptions, output: Path, *, card: str | None = None) -> None:
-    """Write what `options` ask for to the folder `output`; `card` is the text of a README.md that is there already.
+def save_model(model: Any, options: SaveOptions, output: Path, *, push: Push | None = None) -> Pushed | None:
+    """Write what `options` ask for to the folder `output`, or `push` it; return what was pushed.
 
     Raises:
-        LoraweldError: something the user can fix; the folder is as it was.
+        LoraweldError: something the user can fix; the folder, or the repository, is as it was.
     """
-    live = look_at(model, options, has_card=_has_card(options, card))
+    live = look_at(model, options, has_card=_has_card(options, push))
     if live.origin is not None and output.exists() and output.samefile(live.origin):
         raise OutputError("is the folder that the model was loaded from; choose another", path=output)
     with workspace(options.temporary_location) as work:
         _save_tokenizer(live, options, work)
-        if options.method == "lora":
-            _save_lora(live, options, output, work, card)
-        else:
-            _save_merged(live, options, output, work, card)
+        save = _save_lora if options.method == "lora" else _save_merged
+        return save(live, options, output, work, push)
 
 
-def _save_merged(live: LiveModel, options: SaveOptions, output: Path, work: Path, card: str | None) -> None:
+def _save_merged(live: LiveModel, options: SaveOptions, output: Path, work: Path, push: Push | None) -> Pushed | None:
     started = time.monotonic()
     _write_configs(live, work / "base")
     if live.adapters.merged or live.adapters.disabled:
@@ -118,29 +126,35 @@ def _save_merged(live: LiveModel, options: SaveOptions, output: Path, work: Path
     with tensors_as_file(tensors, repacked=repacked_rows(live.inner)) as file:
         base = _live_base(file, work / "base", live.name)
         folders = [_adapter_folder(live, name, work) for name in live.adapters.active]
-        request = _request(options, folders, output, base, memory)
+        request = _for_push(_request(options, folders, output, base, memory), push)
         facts = facts_of(request, base, tuple(open_adapter(folder) for folder in folders))
         made = with_variant(_planned(request, facts, options), options.variant)
         complete = completion(made, _log.info)
-        text = _card(live, options, output, card)
-        if complete is not None and text is not None:
-            made, complete = beside_export(made, complete, CARD_NAME, text)
-        else:
-            made = _with_card(made, text)
         for note in made.notes:
             _log.info(note)
         if not options.safe_serialization:
             made, complete = as_pickles(made, options.save_function)
         _check_replaceable(output, made)
-        fulfil(request, made, facts, progress=lambda count: None, complete=complete, started=started)
+        report = deliver(
+            request,
+            made,
+            facts,
+            progress=lambda count: None,
+            complete=complete,
+            started=started,
+            repository=push.repository if push is not None else None,
+            card=_card(live, options, output, push),
+        )
+        return report.pushed
 
 
-def _save_lora(live: LiveModel, options: SaveOptions, output: Path, work: Path, card: str | None) -> None:
+def _save_lora(live: LiveModel, options: SaveOptions, output: Path, work: Path, push: Push | None) -> Pushed | None:
     """Write one adapter as PEFT does, with the tokenizer beside it."""
     from loraweld.live.lora import adapter_files
 
     folder = adapter_files(live, options, work / "adapter")
     request = replace(make_request(folder, output=output, save_method="lora", resume=False), overwrite=True)
+    request = _for_push(request, push)
     files = [*folder.iterdir(), *(path for path in sorted((work / "base").rglob("*")) if path.is_file())]
     made = MergePlan(
         base=live.name,
@@ -159,9 +173,15 @@ def _save_lora(live: LiveModel, options: SaveOptions, output: Path, work: Path, 
         peak_memory_bytes=0,
         free_disk_bytes=shutil.disk_usage(_existing(output)).free,
     )
-    made = _with_card(made, _card(live, options, output, card))
     _check_replaceable(output, made)
-    fulfil(request, made, None, progress=lambda count: None)
+    repository, card = (push.repository if push is not None else None), _card(live, options, output, push)
+    return deliver(request, made, None, progress=lambda count: None, repository=repository, card=card).pushed
+
+
+def _for_push(request: MergeRequest, push: Push | None) -> MergeRequest:
+    if push is None:
+        return request
+    return replace(request, hub=push.repository.target, keeps_output=push.keeps_output)
 
 
 def _name_in(path: Path, *folders: Path) -> str:
@@ -329,30 +349,25 @@ def _planned(request: MergeRequest, facts: Facts, options: SaveOptions) -> Merge
     return made
 
 
-def _card(live: LiveModel, options: SaveOptions, output: Path, card: str | None) -> str | None:
-    """Return the text of README.md, None if there is nothing to say."""
-    if not _has_card(options, card):
+def _card(live: LiveModel, options: SaveOptions, output: Path, push: Push | None) -> CardFacts | None:
+    """Return what README.md is to say, None if there is nothing to say."""
+    if not _has_card(options, push):
         return None
-    return card_text(
-        name=output.name,
+    return CardFacts(
+        name=push.repository.name if push is not None else output.name,
         base=live.name or None,
-        origin=live.origin,
+        base_folder=live.origin,
+        adapters=(),
+        architecture=type(live.inner).__name__,
+        method=options.method,
         tags=options.tags,
         datasets=options.datasets,
-        method=options.method,
-        existing=card or None,
+        existing=push.repository.card if push is not None else None,
     )
 
 
-def _has_card(options: SaveOptions, card: str | None) -> bool:
-    return bool(options.tags or options.datasets or card is not None)
-
-
-def _with_card(made: MergePlan, text: str | None) -> MergePlan:
-    if text is None:
-        return made
-    others = tuple(file for file in made.small if file.name != CARD_NAME)
-    return replace(made, small=(*others, SmallFile(name=CARD_NAME, text=text)))
+def _has_card(options: SaveOptions, push: Push | None) -> bool:
+    return bool(options.tags or options.datasets or push is not None)
 
 
 def _check_replaceable(output: Path, made: MergePlan) -> None:

@@ -82,7 +82,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
             *(file.path for file in base.files if not isinstance(file, MemoryFile)),
             *(adapter.weights for adapter in adapters),
         ),
-        scratch=adapters,
+        scratch=(*adapters, base.scratch),
         item_bytes=memory.item_bytes,
         workers=memory.workers,
         peak_memory_bytes=memory.peak_bytes,

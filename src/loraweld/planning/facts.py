@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from loraweld.adapter.files import Adapter, open_adapter
 from loraweld.checkpoint.base import Base, open_base
 from loraweld.checkpoint.encodings.encoded import Source
-from loraweld.checkpoint.hub import locate_base
+from loraweld.checkpoint.hub import locate_adapter, locate_base, stream_base
 from loraweld.checkpoint.stored import StoredTensor, same_bytes
 from loraweld.errors import RequestError, listing
 from loraweld.naming.tied import Tie, find_ties, known_ties
@@ -36,11 +37,22 @@ def gather_facts(request: MergeRequest) -> Facts:
     Raises:
         LoraweldError: something is missing, damaged or of an unknown kind.
     """
-    adapters = tuple(open_adapter(path) for path in request.adapters)
+    adapters = tuple(open_named_adapter(path, request) for path in request.adapters)
     name, revision = (request.base, None) if request.base is not None else _named_base(adapters)
-    located = locate_base(name, revision=revision)
-    base = open_base(located.folder, label=located.label, commit=located.commit)
+    locate = stream_base if request.stream_base else locate_base
+    located = locate(name, revision=revision, token=request.token)
+    base = open_base(located.folder, label=located.label, commit=located.commit, scratch=located.scratch)
     return facts_of(request, base, adapters)
+
+
+def open_named_adapter(path: Path, request: MergeRequest) -> Adapter:
+    """Open an adapter, a folder or one of the Hub.
+
+    Raises:
+        LoraweldError: it is missing, damaged or of an unknown kind.
+    """
+    located = locate_adapter(path, token=request.token)
+    return open_adapter(located.folder, label=located.label if located.commit else None)
 
 
 def facts_of(request: MergeRequest, base: Base, adapters: tuple[Adapter, ...]) -> Facts:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from loraweld.adapter.config import CONFIG_NAME
-from loraweld.adapter.files import SAFE_NAME, open_adapter
+from loraweld.adapter.files import SAFE_NAME
 from loraweld.errors import RequestError
 from loraweld.planning.companions import override_files
 from loraweld.planning.disk import free_bytes
+from loraweld.planning.facts import open_named_adapter
 from loraweld.planning.memory import LIBRARY_BYTES
 from loraweld.planning.merge_plan import MergePlan, SmallFile
 from loraweld.planning.paths import check_output
@@ -24,7 +25,7 @@ def plan_lora(request: MergeRequest) -> MergePlan:
         raise RequestError("save_method lora writes one adapter; merge several with merged_16bit")
     if request.dtype != "auto" or request.max_shard_bytes is not None:
         raise RequestError("dtype and max_shard_size have no effect with save_method lora; leave them out")
-    adapter = open_adapter(request.adapters[0])
+    adapter = open_named_adapter(request.adapters[0], request)
     check_output(request, [adapter.folder])
     files = [
         SmallFile(name=CONFIG_NAME, source=adapter.config.path),

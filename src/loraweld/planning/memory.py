@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from loraweld.adapter.edits import Dora, Edit, LowRank, Residual
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor
 from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
+from loraweld.checkpoint.remote import CACHE_BYTES, REQUEST_BYTES
 from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
@@ -54,8 +55,13 @@ def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
     return MemoryPlan(
         item_bytes=item,
         workers=workers,
-        peak_bytes=LIBRARY_BYTES + matrix + workers * (item + factors + tile),
+        peak_bytes=LIBRARY_BYTES + matrix + workers * (item + factors + tile) + _network_bytes(request, workers),
     )
+
+
+def _network_bytes(request: MergeRequest, workers: int) -> int:
+    """What lies in memory of a base that is read from the network."""
+    return CACHE_BYTES + workers * REQUEST_BYTES if request.stream_base else 0
 
 
 def _largest_matrix(recipes: Iterable[Recipe]) -> tuple[int, str]:

@@ -223,6 +223,10 @@ class MergePlan:
     def recipes(self) -> Iterator[Recipe]:
         return (placed.recipe for file in self.weights for placed in file.placed if placed.part.role == CODES)
 
+    def without(self, name: str) -> MergePlan:
+        """Return the plan without the small file `name`, which is made anew."""
+        return replace(self, small=tuple(file for file in self.small if file.name != name))
+
     @property
     def model_folder(self) -> str:
         """The folder of the merged model inside the output; "" if it is the output."""

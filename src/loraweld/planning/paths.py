@@ -16,6 +16,8 @@ def check_output(request: MergeRequest, inputs: Iterable[Path]) -> None:
         RequestError: it is, holds, or lies in an input, by any path or link.
         OutputError: it is a file.
     """
+    if request.streams_to_hub:
+        return  # nothing is written there
     output = request.output.resolve()
     for folder in [*inputs, *([request.tokenizer] if request.tokenizer else [])]:
         source = folder.resolve()

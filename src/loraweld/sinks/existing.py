@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from loraweld.checkpoint.mounted import mounted
 from loraweld.errors import OutputError
 from loraweld.sinks.folder import FolderSink
 from loraweld.sinks.journal import NoJournal
@@ -15,6 +16,8 @@ _PIECE_BYTES = 1 << 20
 
 class ExistingSink:
     """Has the verbs of a folder sink; every byte must be there already."""
+
+    files_at_once: int | None = None
 
     def __init__(self, target: Path) -> None:
         self.journal = NoJournal()
@@ -34,6 +37,10 @@ class ExistingSink:
             file.seek(offset)
             if file.read(count) != buffer[:count]:
                 raise self._differs(name)
+
+    def copies(self, source: Path) -> bool:
+        """Whether a whole file is compared as one."""
+        return mounted(source) is None
 
     def copy(self, name: str, source: Path) -> None:
         """Check that `name` equals `source`."""

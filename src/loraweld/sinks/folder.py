@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loraweld.checkpoint.mounted import mounted
 from loraweld.errors import OutputError
 from loraweld.sinks import system
 from loraweld.sinks.journal import Journal, folder_number, read_journal
@@ -32,7 +33,10 @@ class FolderSink:
     """Create files, write at offsets, finish files, publish. Used inside `open_folder_sink`.
 
     `complete` makes of the staged output, which holds a merged model in `model_folder`, what is to be published.
+    `files_at_once`: how many files may be unfinished at a time, None for any number.
     """
+
+    files_at_once: int | None = None
 
     def __init__(
         self,
@@ -53,6 +57,12 @@ class FolderSink:
         self._complete = complete
         self._descriptors: dict[str, int] = {}
 
+    def has(self, key: str) -> bool:
+        """Return whether the file of a journalled item (name:start:end) still reaches to the item's end."""
+        name, _, end = key.rsplit(":", 2)
+        path = self._model / name
+        return path.is_file() and path.stat().st_size >= int(end)
+
     def create(self, name: str, size: int, *, aligned: bool) -> None:
         """Open output file `name` with `size` bytes reserved; what an earlier run wrote stays.
 
@@ -65,6 +75,10 @@ class FolderSink:
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None:
         """Write the first `count` bytes of an aligned buffer; at a block-aligned offset if the file is `aligned`."""
         system.write_at(self._descriptors[name], buffer, offset, count)
+
+    def copies(self, source: Path) -> bool:
+        """Whether a whole file is best copied as one: not if it comes from the network, in pieces."""
+        return mounted(source) is None
 
     def copy(self, name: str, source: Path) -> None:
         """Make `name` a durable copy of `source`."""
@@ -152,9 +166,12 @@ def open_folder_sink(
     overwrite: bool,
     model_folder: str = "",
     complete: Complete | None = None,
-    kind: type[FolderSink] = FolderSink,
+    kind: Callable[..., FolderSink] = FolderSink,
+    elsewhere: Path | None = None,
 ) -> Iterator[FolderSink]:
     """Lock the output place and yield its sink; `identity` says which merge the staged files belong to.
+
+    `elsewhere`: the memory of files that have left the staging folder, of the same merge or of none.
 
     Raises:
         OutputError: another merge into the same place is running, or the place cannot be written.
@@ -166,23 +183,18 @@ def open_folder_sink(
         journal = Journal.resume(path, identity, output) if resume else None
         if journal is None:
             path.unlink(missing_ok=True)  # first: without a journal nothing in the folder counts
+            if elsewhere is not None:
+                elsewhere.unlink(missing_ok=True)
             shutil.rmtree(output, ignore_errors=True)
             output.mkdir()
             journal = Journal.begin(path, identity, output)
         (output / model_folder).mkdir(exist_ok=True)
-        journal.done = {k: v for k, v in journal.done.items() if _is_there(output / model_folder, k)}
         sink = kind(target, staging, journal, overwrite=overwrite, model_folder=model_folder, complete=complete)
+        journal.done = {key: values for key, values in journal.done.items() if sink.has(key)}
         try:
             yield sink
         finally:
             sink.close()
-
-
-def _is_there(model: Path, key: str) -> bool:
-    """Return whether the file of a journalled item (name:start:end) still reaches to the item's end."""
-    name, _, end = key.rsplit(":", 2)
-    path = model / name
-    return path.is_file() and path.stat().st_size >= int(end)
 
 
 def finish_published(target: Path, *, identity: str) -> bool:

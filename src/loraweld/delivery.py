@@ -1,0 +1,267 @@
+"""A plan → a folder or a repository of the Hub: found finished, compared, written, or sent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loraweld.checkpoint.stored import file_identity
+from loraweld.errors import LoraweldError, OutputError
+from loraweld.export.pipeline import beside_export
+from loraweld.hub.card import CardFacts, card_text
+from loraweld.hub.repository import CARD_NAME, Repository
+from loraweld.hub.upload import HubBase, Upload
+from loraweld.planning.facts import Facts
+from loraweld.planning.merge_plan import RECORD_NAME, MergePlan
+from loraweld.planning.notes import base_difference_notes, no_change_notes
+from loraweld.record import record_text
+from loraweld.report import (
+    MergeReport,
+    RunFacts,
+    WeightFidelity,
+    fidelity_lines,
+    human_bytes,
+    lost_change_notes,
+)
+from loraweld.request import WHOLE_METHODS, MergeRequest
+from loraweld.sinks.existing import ExistingSink, RepeatedSink
+from loraweld.sinks.folder import (
+    TAKEN,
+    Complete,
+    FolderSink,
+    discard_staging,
+    finish_published,
+    open_folder_sink,
+    staging_folder,
+)
+from loraweld.sinks.hub import HubSink, sent_memory
+
+Progress = Callable[[int], None]
+
+
+def deliver(
+    request: MergeRequest,
+    made: MergePlan,
+    facts: Facts | None,
+    *,
+    progress: Progress,
+    complete: Complete | None = None,
+    started: float | None = None,
+    repository: Repository | None = None,
+    card: CardFacts | None = None,
+) -> MergeReport:
+    """Do what a plan says; `complete` ends an output with files that other programs make.
+
+    With a `repository` the output goes to the Hub, with a `card` README.md is written.
+
+    Raises:
+        LoraweldError: something the user can fix; the output is as it was.
+    """
+    if card is not None:
+        made = made.without(CARD_NAME)
+        if complete is not None:
+            made, complete = beside_export(made, complete, CARD_NAME, card_text(card))
+            card = None
+    work = _Work(
+        request=request,
+        made=made,
+        record=record_text(made, facts) if facts else None,
+        card=card,
+        progress=progress,
+        complete=complete,
+        started=time.monotonic() if started is None else started,
+        streams=request.streams_to_hub and complete is None,
+    )
+    try:
+        if repository is None:
+            return work.to_folder()
+        repository.make()
+        return work.to_hub(repository, _hub_base(facts)) if work.streams else _send(work, repository)
+    except OSError as error:
+        raise _output_error(error, request) from None
+
+
+def _hub_base(facts: Facts | None) -> HubBase | None:
+    if facts is None or facts.base.commit is None:
+        return None
+    return HubBase(name=facts.base.label, commit=facts.base.commit)
+
+
+def _send(work: _Work, repository: Repository) -> MergeReport:
+    """Make the output in a folder and commit what is in it; the folder goes, unless it was asked for."""
+    request = work.request
+    report = work.to_folder()
+    pushed = Upload(repository).commit(request.output, replaces_weights=request.save_method not in WHOLE_METHODS)
+    if not request.keeps_output:
+        shutil.rmtree(request.output.parent)
+    return replace(report, pushed=pushed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A plan on its way to its output."""
+
+    request: MergeRequest
+    made: MergePlan
+    record: str | None
+    card: CardFacts | None
+    progress: Progress
+    complete: Complete | None
+    started: float
+    streams: bool
+
+    def to_folder(self) -> MergeReport:
+        """Find the output finished, compare it, or write it."""
+        request, made = self.request, self.made
+        identity = self._identity()
+        if finish_published(request.output, identity=identity):
+            return self._report(RunFacts(resumed_bytes=made.merged_bytes))
+        was_there = self._is_taken()
+        if was_there:
+            self._check_record()
+        if was_there and self.complete is None:
+            result = self._run(ExistingSink(made.output))
+            discard_staging(request.output)
+            return self._report(result, was_there=True)
+        self._check_disk(made.disk_bytes)
+        with open_folder_sink(
+            request.output,
+            identity=identity,
+            resume=request.resume,
+            overwrite=request.overwrite,
+            model_folder=made.model_folder,
+            complete=self.complete,
+            kind=RepeatedSink if was_there else FolderSink,
+        ) as sink:
+            return self._report(self._fill(sink), was_there=was_there)
+
+    def to_hub(self, repository: Repository, base: HubBase | None) -> MergeReport:
+        """Send each file as soon as it is complete; on the disk there are never more than two."""
+        request, made = self.request, self.made
+        memory = sent_memory(request.output)
+        largest = sorted((file.num_bytes for file in made.weights), reverse=True)
+        self._check_disk(sum(largest[: HubSink.files_at_once]))
+
+        def hub_sink(*place: Any, **options: Any) -> HubSink:
+            return HubSink(*place, upload=Upload(repository, base=base, memory=memory), **options)
+
+        with open_folder_sink(
+            request.output,
+            identity=self._identity(),
+            resume=request.resume,
+            overwrite=False,
+            kind=hub_sink,
+            elsewhere=memory,
+        ) as sink:
+            assert isinstance(sink, HubSink)
+            result = self._fill(sink)
+            return replace(self._report(result), pushed=sink.pushed)
+
+    def _fill(self, sink: FolderSink) -> RunFacts:
+        try:
+            return self._run(sink)
+        except OutputError:
+            raise  # what is finished stays, for when the place is free
+        except LoraweldError:
+            sink.clean_up()  # it would fail again: there is nothing to continue
+            raise
+
+    def _is_taken(self) -> bool:
+        """True if something is in the output place that may not be replaced."""
+        output = self.request.output
+        return not self.request.overwrite and output.is_dir() and any(output.iterdir())
+
+    def _check_record(self) -> None:
+        """An output that says it is the result of this merge will be compared with it, byte for byte.
+
+        Raises:
+            OutputError: it is something else.
+        """
+        path = self.made.output / RECORD_NAME
+        if self.record is not None and (not path.is_file() or path.read_bytes() != self.record.encode()):
+            raise OutputError(TAKEN, path=self.made.output)
+
+    def _run(self, sink: Any) -> RunFacts:
+        """Run the plan and return what only the run could tell."""
+        from loraweld.execute.run import run_plan  # torch is imported only once there is work
+
+        result = run_plan(self.made, sink, closing=lambda run: self._closing(_fidelity(run)), progress=self.progress)
+        notes = no_change_notes(self.made) if result.saw_no_change else []
+        notes += base_difference_notes(result.base_difference)
+        return RunFacts(resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_fidelity(result))
+
+    def _closing(self, fidelity: Sequence[WeightFidelity]) -> Mapping[str, str]:
+        """What is written last: the card, which tells of the run, and the record."""
+        texts = {}
+        if self.card is not None:
+            texts[CARD_NAME] = card_text(self.card, fidelity_lines(fidelity))
+        if self.record is not None:
+            texts[RECORD_NAME] = self.record
+        return texts
+
+    def _check_disk(self, needed: int) -> None:
+        """Raises:
+        OutputError: the disk cannot hold what will lie on it; nothing was written.
+        """
+        output, free = self.made.output, self.made.free_disk_bytes
+        staged = sum(file.stat().st_size for file in staging_folder(output).glob("model/**/*") if file.is_file())
+        if needed > free + staged:
+            raise OutputError(
+                f"the disk has {human_bytes(free)} free, the output takes "
+                f"{human_bytes(needed)}; free some space or choose another output",
+                path=output,
+            )
+
+    def _identity(self) -> str:
+        """A hash of the merge, of the very files it reads (sizes, times and inodes included), and of where it goes."""
+        hub = self.request.hub
+        place = (hub.repo_id, hub.revision, hub.create_pr) if hub is not None and self.streams else None
+        digest = hashlib.sha256(f"{self.made.fingerprint}\0{self.record}\0{place}".encode())
+        for path in (*self.made.inputs, *(file.source for file in self.made.small if file.source)):
+            digest.update(repr((str(path), file_identity(path))).encode())
+        return digest.hexdigest()
+
+    def _report(self, facts: RunFacts, *, was_there: bool = False) -> MergeReport:
+        made = self.made
+        files = tuple(file.name for file in made.files)
+        return MergeReport(
+            output=made.output,
+            base=made.base,
+            adapters=made.adapters,
+            save_method=made.save_method,
+            dtype=made.dtype,
+            files=files,
+            recipes=dict(made.recipes_by_kind),
+            modules=made.modules,
+            notes=(*made.notes, *facts.notes, *lost_change_notes(facts.fidelity)),
+            fidelity=facts.fidelity,
+            bytes_written=self._bytes_written(files),
+            resumed_bytes=facts.resumed_bytes,
+            was_there=was_there,
+            seconds=time.monotonic() - self.started,
+        )
+
+    def _bytes_written(self, files: Sequence[str]) -> int:
+        if self.streams:
+            return self.made.bytes_written
+        return sum((self.made.output / name).stat().st_size for name in files)
+
+
+def _fidelity(run: Any) -> tuple[WeightFidelity, ...]:
+    return tuple(
+        WeightFidelity(tensor=name, relative_error=found.relative_error, kept=found.kept)
+        for name, found in run.fidelity.items()
+    )
+
+
+def _output_error(error: OSError, request: MergeRequest) -> OutputError:
+    staging = staging_folder(request.output)
+    kept = f"what is finished is kept in {staging}: the same command continues"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk is full; free some space, {kept}", path=request.output)
+    return OutputError(f"cannot be written: {error.strerror or error}; {kept}", path=request.output)
