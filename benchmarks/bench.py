@@ -15,6 +15,7 @@ The parts:
     from-nf4  NF4 → 16 bit, against writing as many bytes             8B: 23 GB
     to-nf4    16 bit → NF4                                            8B: 22 GB
     quantise  the NF4 encoder, against bitsandbytes                   4 GB of memory
+    hub       a base of 10 GB streamed in and pushed out, disk and memory looked at
     codecs    decoding and encoding of every encoding, against the library that has it
 """
 
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import codec_parts
 import from_nf4
+import hub
 import plain
 import startup
 import to_nf4
@@ -43,6 +45,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
     "to-nf4": to_nf4.measured,
     "codecs": codec_parts.codecs,
     "startup": startup.measured,
+    "hub": hub.measured,
 }
 
 

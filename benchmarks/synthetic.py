@@ -68,6 +68,10 @@ SHAPES = {
         hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, head_dim=64, vocab=128256, tied=True,
         rope_factor=32.0,
     ),
+    "5B": Shape(  # 18 layers of Llama-3.1-8B: 10 GB
+        hidden=4096, intermediate=14336, layers=18, heads=32, kv_heads=8, head_dim=128, vocab=128256,
+        tied=False, rope_factor=8.0,
+    ),
     "8B": Shape(  # Llama-3.1-8B
         hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocab=128256,
         tied=False, rope_factor=8.0,

@@ -18,15 +18,17 @@ from pathlib import Path, PurePosixPath
 
 from loraweld.checkpoint.mounted import mount_for
 from loraweld.errors import CheckpointError
+from loraweld.hub.client import explained
 
 # Small reads are served from pieces of this size; those of neighbouring rows lie in the same.
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 2 << 20
 # A large read is one request after the other of at most this size: what fails is asked for again.
-REQUEST_BYTES = 8 << 20
+REQUEST_BYTES = 4 << 20
 CACHED_PIECES = 16
 CACHE_BYTES = CACHED_PIECES * PIECE_BYTES
 _STREAMED = ".safetensors"
 _TRIES = 6
+_FINAL = (401, 403, 404)  # asking again gives the same answer
 _FIRST_WAIT_SECONDS = 0.5
 _MAX_SMALL_BYTES = 100 << 20
 # (path, start, end) → those bytes, from any thread.
@@ -71,6 +73,7 @@ def hub_folder(
         Exception: what the Hub's client raises.
     """
     from huggingface_hub import HfApi, HfFileSystem, constants
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi(token=token)
@@ -92,7 +95,14 @@ def hub_folder(
     filesystem = HfFileSystem(token=token, endpoint=constants.ENDPOINT, skip_instance_cache=True)
 
     def read(path: str, start: int, end: int) -> bytes:
-        return bytes(filesystem.cat_file(path, start=start, end=end, cache_type="none"))
+        try:
+            return bytes(filesystem.cat_file(path, start=start, end=end, cache_type="none"))
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _FINAL:
+                raise
+            with explained(f"base {name!r} cannot be had", CheckpointError, token=token):
+                raise
+        raise AssertionError
 
     return RemoteFolder(read, chosen, weights), commit
 
@@ -169,6 +179,8 @@ def _fetch(read: ReadRange, entry: Entry, start: int, end: int) -> bytes:
             time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
         try:
             data = read(entry.path, start, end) if end > start else b""
+        except CheckpointError:
+            raise
         except PermissionError as error:
             raise CheckpointError(f"{entry.path}: may not be read: {error}") from None
         except FileNotFoundError:
