@@ -50,6 +50,7 @@ def merge(
     skip_modules: Sequence[str] | None = None,
     gguf_type: str | Sequence[str] | None = None,
     keep_merged: bool = False,
+    expert_layout: str = "auto",
     stream_base: bool = False,
     token: str | bool | None = None,
     push_to_hub: str | None = None,
@@ -86,6 +87,7 @@ def merge(
         skip_modules: modules that stay in 16 bit besides embeddings and head: ends or beginnings of their paths.
         gguf_type: with "gguf", one or more of its types; None takes "q8_0".
         keep_merged: with "gguf", keep the merged model too, in the folder "merged" of the output.
+        expert_layout: "standard" or "swapped": how the factors of square experts lie, where no peft_version tells.
         stream_base: read the base from the Hub by ranges, as it is needed; nothing of it is stored.
         token: of the Hub, to read and to write; True: the stored login; None: the stored login, if there is one.
         push_to_hub: repository to upload to, in one commit: "owner/name", or "name" under the token's user.
@@ -118,6 +120,7 @@ def merge(
         skip_modules=skip_modules,
         gguf_type=gguf_type,
         keep_merged=keep_merged,
+        expert_layout=expert_layout,
         stream_base=stream_base,
         token=token,
         push_to_hub=push_to_hub,

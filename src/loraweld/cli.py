@@ -92,7 +92,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
             *("workers", "overwrite", "resume", "tokenizer", "gguf_type", "keep_merged"),
             *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
-            *("stream_base", "token", "push_to_hub", "private", "revision", "create_pr", "commit_message"),
+            *("expert_layout", "stream_base", "token", "push_to_hub", "private", "revision", "create_pr", "commit_message"),
         )
     }
     for name, value in options.items():
@@ -157,6 +157,13 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="DTYPE",
         help=f"dtype of the main weights: {', '.join(DTYPES)}; auto keeps 16 bit, else bfloat16 (default: %(default)s)",
+    )
+    add(
+        "--expert-layout",
+        default="auto",
+        metavar="NAME",
+        help="how factors of square experts lie, where peft_version is not in the config: standard (A reads the last "
+        "size) or swapped (default: %(default)s)",
     )
     add(
         "--max-shard-size",

@@ -19,6 +19,7 @@ from loraweld.save_methods import ONLY_FOR, nearest_name, normal_name, parse_sav
 QUANT_TYPES = ("nf4", "fp4")
 QUANTIZERS = ("mse", "absmax")
 AS_GIVEN, QUANTIZED_FROM = "as-given", "quantized-from"
+EXPERT_LAYOUTS = ("auto", "standard", "swapped")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MIN_MEMORY_BYTES = 64 * 10**6
 MAX_SIZE_BYTES = 2**62
@@ -61,6 +62,7 @@ class MergeRequest:
     skip_modules: tuple[str, ...] = ()
     gguf_types: tuple[str, ...] = ()
     keep_merged: bool = False
+    expert_layout: str = "auto"
     stream_base: bool = False
     token: str | bool | None = field(default=None, repr=False)
     hub: HubTarget | None = None
@@ -93,6 +95,7 @@ def make_request(
     skip_modules: Sequence[str] | None = None,
     gguf_type: str | Sequence[str] | None = None,
     keep_merged: bool = False,
+    expert_layout: str = "auto",
     stream_base: bool = False,
     token: str | bool | None = None,
     push_to_hub: str | None = None,
@@ -141,6 +144,7 @@ def make_request(
         tokenizer=None if tokenizer is None else Path(tokenizer),
         merge_base=_choice("merge_base", folded, (AS_GIVEN, QUANTIZED_FROM)),
         quantized_base=quantized_base or None,
+        expert_layout=_choice("expert_layout", expert_layout, EXPERT_LAYOUTS),
         stream_base=stream_base,
         token=token,
         hub=hub,

@@ -61,6 +61,8 @@ class AdapterConfig:
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     token_indices: Mapping[str, tuple[int, ...]]
+    target_parameters: tuple[str, ...]
+    peft_version: str | None
     task_type: str
     base: str | None
     revision: str | None
@@ -114,6 +116,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         layers=_layers(raw.get("layers_to_transform"), path),
         layers_pattern=_layers_pattern(raw, path),
         token_indices=_token_indices(raw.get("trainable_token_indices"), path),
+        target_parameters=tuple(_names(raw.get("target_parameters"), "target_parameters", path)),
+        peft_version=_text(raw, "peft_version", path),
         task_type=str(raw.get("task_type") or ""),
         base=_text(raw, "base_model_name_or_path", path),
         revision=_text(raw, "revision", path),

@@ -16,11 +16,25 @@ from loraweld.checkpoint.stored import StoredTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Every `step`-th column of a factor from `start` on, before `stop`."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+    def count(self, num_cols: int) -> int:
+        """Return how many columns of a factor with `num_cols` these are."""
+        return len(range(self.start, min(self.stop, num_cols), self.step))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
     """W += scaling · B·A, or its transpose for tensors stored as (in, out).
 
     a: (R, I), or (R, I, *kernel); b: (O, R), or (O, R, 1, …). Embeddings and transformers' Conv1D are
-    stored transposed. Source: LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732.
+    stored transposed. Of factors that many experts share, `a_columns` and `b_columns` are those that act here.
+    Source: LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732.
     """
 
     kind: ClassVar[str] = "lora"
@@ -28,6 +42,8 @@ class LowRank:
     b: StoredTensor
     scaling: float
     transposed: bool
+    a_columns: Columns | None = None
+    b_columns: Columns | None = None
 
     @property
     def rank(self) -> int:
@@ -36,7 +52,9 @@ class LowRank:
     @property
     def num_rows(self) -> int:
         """Rows of the stored tensor that the delta was made for."""
-        return self.a.cols if self.transposed else self.b.shape[0]
+        if not self.transposed:
+            return self.b.shape[0]
+        return self.a.cols if self.a_columns is None else self.a_columns.count(self.a.cols)
 
     @property
     def refs(self) -> tuple[StoredTensor, ...]:
@@ -125,4 +143,21 @@ class GrowRows:
         return ()
 
 
-Edit = LowRank | Dora | Residual | AddVector | ReplaceRows | GrowRows
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnRows:
+    """`edit` acts on rows [start, stop) of the stored tensor, as if they were a tensor of their own.
+
+    So are experts that lie in one tensor, and projections that are stored as one.
+    """
+
+    kind: ClassVar[str] = "rows"
+    edit: Edit
+    start: int
+    stop: int
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return self.edit.refs
+
+
+Edit = LowRank | Dora | Residual | AddVector | ReplaceRows | GrowRows | OnRows

@@ -6,7 +6,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +41,15 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         return num_bytes(self.dtype, math.prod(self.shape))
+
+    def part(self, start: int, stop: int) -> StoredTensor:
+        """Return rows [start, stop) as a tensor of their own."""
+        offset = self.offset + num_bytes(self.dtype, start * self.cols)
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
+
+    def as_matrix(self) -> StoredTensor:
+        """Return a stack of matrices as one of all their rows."""
+        return replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1])) if len(self.shape) > 2 else self
 
     @property
     def stored_bytes(self) -> int:

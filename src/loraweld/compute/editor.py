@@ -84,7 +84,8 @@ class TensorEditor:
         first, last = tiles[0][0], tiles[-1][1]
         decoder, kernels = self._made()
         base = decoder.rows(min(first, self.recipe.source.rows), min(last, self.recipe.source.rows))
-        return EditSession(self, tiles, base, [kernel.span(first, last) for kernel in kernels], scratch)
+        spans = [span for kernel in kernels if (span := kernel.span(first, last)) is not None]
+        return EditSession(self, tiles, base, spans, scratch)
 
     def _made(self) -> tuple[Decoder, list[Kernel]]:
         with self._lock:

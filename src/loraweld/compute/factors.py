@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraweld.adapter.edits import LowRank, Residual
+from loraweld.adapter.edits import Columns, LowRank, Residual
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.decoder import open_decoder
@@ -56,13 +56,19 @@ class Factors:
         """Return the factors of an adapter's tensors."""
         a, b = edit.a, edit.b
         if edit.transposed:
-            right_RC = read_rows(reader, b, 0, b.rows).T.contiguous()
-            return cls(right_RC, lambda start, stop: read_columns(reader, a, start, stop))
-        return cls(read_rows(reader, a, 0, a.rows), lambda start, stop: read_rows(reader, b, start, stop))
+            right_RC = _columns(read_rows(reader, b, 0, b.rows), edit.b_columns).T.contiguous()
+            first = edit.a_columns.start if edit.a_columns is not None else 0  # those of one part lie side by side
+            return cls(right_RC, lambda start, stop: read_columns(reader, a, first + start, first + stop))
+        right_RC = _columns(read_rows(reader, a, 0, a.rows), edit.a_columns).contiguous()
+        return cls(right_RC, lambda start, stop: _columns(read_rows(reader, b, start, stop), edit.b_columns))
 
     def left(self, start: int, stop: int) -> Left:
         """Load rows [start, stop) of the left factor."""
         return Left(self._left_rows(start, stop), start)
+
+
+def _columns(rows_NC: torch.Tensor, columns: Columns | None) -> torch.Tensor:
+    return rows_NC if columns is None else rows_NC[:, columns.start : columns.stop : columns.step].contiguous()
 
 
 def decompose(edit: Residual, source: Source, reader: Reader) -> Factors:

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraweld.adapter.edits import AddVector, Dora, Edit, GrowRows, LowRank, ReplaceRows, Residual
+from loraweld.adapter.edits import AddVector, Dora, Edit, GrowRows, LowRank, OnRows, ReplaceRows, Residual
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
+from loraweld.checkpoint.stored import StoredTensor
 from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.factors import Factors, Left, decompose
 from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
@@ -46,8 +47,8 @@ class Span(Protocol):
 class Kernel(Protocol):
     """One edit of one tensor."""
 
-    def span(self, start: int, stop: int) -> Span:
-        """Load what rows [start, stop) need."""
+    def span(self, start: int, stop: int) -> Span | None:
+        """Load what rows [start, stop) need; None if the edit does nothing there."""
 
 
 def make_kernel(edit: Edit, source: Source, reader: Reader) -> Kernel:
@@ -65,6 +66,8 @@ def make_kernel(edit: Edit, source: Source, reader: Reader) -> Kernel:
             return ReplaceRowsKernel(edit, reader)
         case GrowRows():
             return GrowRowsKernel(source, reader)
+        case OnRows():
+            return OnRowsKernel(edit, source, reader)
 
 
 class LowRankKernel:
@@ -183,6 +186,43 @@ class ResidualSpan:
         residual_K = torch.from_numpy(self._low_rank.exact(values_K, rows_K, cols_K))
         rounded_K: Floats = residual_K.to(self._dtype).double().numpy()
         return rounded_K
+
+
+class OnRowsKernel:
+    """An edit of some rows. It is made for each range of rows anew: of many experts only those at hand take memory."""
+
+    def __init__(self, edit: OnRows, source: Source, reader: Reader) -> None:
+        self._edit = edit
+        self._source = source.part(edit.start, edit.stop) if isinstance(source, StoredTensor) else source
+        self._reader = reader
+
+    def span(self, start: int, stop: int) -> Span | None:
+        first, last = max(start, self._edit.start), min(stop, self._edit.stop)
+        if first >= last:
+            return None
+        kernel = make_kernel(self._edit.edit, self._source, self._reader)
+        inner = kernel.span(first - self._edit.start, last - self._edit.start)
+        return None if inner is None else OnRowsSpan(inner, self._edit)
+
+
+class OnRowsSpan:
+    def __init__(self, inner: Span, edit: OnRows) -> None:
+        self._inner = inner
+        self._start = edit.start
+        self._stop = edit.stop
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
+        first, last = max(top, self._start), min(top + len(tile_nC), self._stop)
+        if first >= last:
+            return error
+        here = slice(first - top, last - top)
+        return max(error, self._inner.apply(tile_nC[here], base_nC[here], first - self._start, error))
+
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        here = (rows_K >= self._start) & (rows_K < self._stop)
+        values_K = values_K.copy()
+        values_K[here] = self._inner.exact(values_K[here], rows_K[here] - self._start, cols_K[here])
+        return values_K
 
 
 class AddVectorKernel:

@@ -44,7 +44,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     """
     base, adapters = facts.base, facts.adapters
     check_output(request, [base.folder, *(adapter.folder for adapter in adapters)])
-    claims = _claims(facts)
+    claims = _claims(facts, request.expert_layout)
     resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors)
     check_ties_known(base, resolved.changes)
     check_shared_known(base, resolved.changes)
@@ -120,11 +120,11 @@ def _config_edits(
     )
 
 
-def _claims(facts: Facts) -> list[Claim]:
+def _claims(facts: Facts, expert_layout: str) -> list[Claim]:
     claims: list[Claim] = []
     problems: list[str] = []
     for adapter in facts.adapters:
-        finder = ClaimFinder(facts.base, adapter, facts.ties)
+        finder = ClaimFinder(facts.base, adapter, facts.ties, expert_layout=expert_layout)
         finder.find()
         claims += finder.claims
         problems += finder.problems or check_completeness(facts.base, adapter, finder.claims, facts.ties)

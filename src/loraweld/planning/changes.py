@@ -69,7 +69,7 @@ def combine_claims(claims: Sequence[Claim]) -> dict[str, Change]:
 def _contradictions(change: Change) -> list[str]:
     """Edits of one tensor that were made for different numbers of rows, or for the same token."""
     deltas = [edit.delta if isinstance(edit, Dora) else edit for edit in change.edits]
-    rows = {edit.num_rows for edit in deltas if isinstance(edit, LowRank)}
+    rows = {edit.num_rows for edit in deltas if isinstance(edit, LowRank)}  # not those of parts of a tensor
     rows |= {change.replacement.rows} if change.replacement and rows else set()
     tokens = Counter(index for edit in deltas if isinstance(edit, ReplaceRows) for index in edit.indices)
     twice = sorted(token for token, count in tokens.items() if count > 1)

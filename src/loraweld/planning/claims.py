@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, ReplaceRows
+from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, OnRows, ReplaceRows
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import AdapterError, MatchError
+from loraweld.naming.experts import ExpertNames
 from loraweld.naming.names import Names
 from loraweld.naming.roles import has_row_per_token, is_task_head
 from loraweld.naming.tied import Tie
+from loraweld.planning.experts import ExpertPair, expert_edits, one_expert_edit, wrapped_parameter
 from loraweld.planning.lowrank import embedding_edits, linear_edits
 
+_WRAPPER = ".base_layer"
 _PART_SETS = {
     "linear": {"lora_A", "lora_B", "lora_bias", "magnitude"},
     "embedding": {"embedding_A", "embedding_B", "magnitude"},
@@ -53,7 +56,7 @@ class Claim:
         """A few words for the report: the method with its rank and scaling."""
         if self.replacement is not None:
             return "new tensor" if self.is_new else "replaced"
-        return ", ".join(_words(edit) for edit in self.edits)
+        return ", ".join(dict.fromkeys(_words(edit) for edit in self.edits))
 
 
 def _words(edit: Edit) -> str:
@@ -64,6 +67,8 @@ def _words(edit: Edit) -> str:
             return f"dora r={edit.rank} s={edit.delta.scaling:g}"
         case ReplaceRows():
             return f"{len(edit.indices)} token rows"
+        case OnRows():
+            return _words(edit.edit)
         case _:
             return edit.kind
 
@@ -71,12 +76,14 @@ def _words(edit: Edit) -> str:
 class ClaimFinder:
     """Finds the claims of one adapter on `base`; `problems` collects what fits nothing."""
 
-    def __init__(self, base: Base, adapter: Adapter, ties: Sequence[Tie]) -> None:
+    def __init__(self, base: Base, adapter: Adapter, ties: Sequence[Tie], *, expert_layout: str = "auto") -> None:
         self.claims: list[Claim] = []
         self.problems: list[str] = []
         self._base = base
         self._adapter = adapter
         self._names = Names(base.tensors, base.model_type)
+        self._experts = ExpertNames(base.tensors, self._names)
+        self._expert_layout = expert_layout
         self._ties = {tie.target: tie for tie in ties}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -113,6 +120,10 @@ class ClaimFinder:
         kinds = [kind for kind, words in _PART_SETS.items() if words & set(parts) - {"magnitude"}]
         if len(kinds) != 1 or not set(parts) <= _PART_SETS[kinds[0]]:
             raise AdapterError(f"has the parts {', '.join(sorted(parts))}, which do not belong together")
+        if set(parts) == {"lora_A", "lora_B"}:
+            claims = self._of_experts(module, parts["lora_A"], parts["lora_B"]) or self._of_attention(module, parts)
+            if claims:
+                return claims
         name, is_new = self._locate(f"{module}.weight")
         if is_new and name not in self._ties:
             raise MatchError("the base has no such layer")
@@ -125,6 +136,55 @@ class ClaimFinder:
         if "lora_bias" in parts:
             claims.append(self._bias(module, parts["lora_bias"], edits))
         return claims
+
+    def _of_experts(self, module: str, a: StoredTensor, b: StoredTensor) -> list[Claim]:
+        """The claims of a pair on experts: on one tensor for all of them, or on those of each."""
+        config, tensors = self._adapter.config, self._base.tensors
+        if self._names.find(f"{module}.weight") is not None:
+            return []
+        wrapped = wrapped_parameter(config, module, self._experts)
+        if wrapped is not None:
+            pair = ExpertPair(
+                parameter=".".join(wrapped),
+                a=a,
+                b=b,
+                config=config,
+                model_type=self._base.model_type,
+                layout=self._expert_layout,
+            )
+            found = expert_edits(pair, self._experts.pieces(*wrapped), tensors)
+        else:
+            one = self._experts.one_expert(module)
+            if one is None:
+                return []
+            found = [(one.name, one_expert_edit(config, module, a, b, one, tensors[one.name]))]
+        return self._spread(module, (a, b), found)
+
+    def _of_attention(self, module: str, parts: Mapping[str, StoredTensor]) -> list[Claim]:
+        """nn.MultiheadAttention: one tensor for queries, keys and values, and the output that PEFT adds twice.
+
+        Source: PEFT 0.21.2, lora/layer.py, `MultiheadAttention.merge`; its forward pass does so too.
+        """
+        inside = self._names.find(f"{module}.in_proj_weight")
+        outside = module.replace(f"{_WRAPPER}.out_proj", ".out_proj") if module.endswith(f"{_WRAPPER}.out_proj") else ""
+        name = inside or (self._names.find(f"{outside}.weight") if outside else None)
+        if name is None:
+            return []
+        edits = linear_edits(self._adapter.config, module, parts, self._shape(name), self._base.model_type)
+        if outside:
+            edits = [replace(edit, scaling=2 * edit.scaling) if isinstance(edit, LowRank) else edit for edit in edits]
+        return self._spread(module, tuple(parts.values()), [(name, edit) for edit in edits])
+
+    def _spread(self, module: str, tensors: tuple[StoredTensor, ...], found: Sequence[tuple[str, Edit]]) -> list[Claim]:
+        """Claims of one pair on several tensors: its keys are consumed once, by the first."""
+        by_name: dict[str, list[Edit]] = {}
+        for name, edit in found:
+            by_name.setdefault(name, []).append(edit)
+        used = [tensors, *[()] * (len(by_name) - 1)]
+        return [
+            self._claim(module, name, keys, edits=tuple(edits))
+            for (name, edits), keys in zip(by_name.items(), used, strict=True)
+        ]
 
     def _edits(self, kind: str, module: str, parts: Mapping[str, StoredTensor], target: tuple[int, ...]) -> list[Edit]:
         config = self._adapter.config

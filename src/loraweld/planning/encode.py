@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.encodings.bnb4 import NESTED_BLOCKSIZE, Bnb4, state_bytes
-from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, Source
+from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding
 from loraweld.checkpoint.encodings.scaled import fp8_rows, llm_int8
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.errors import RequestError, listing
@@ -137,20 +136,13 @@ def _with_encoding(
     searches = isinstance(encoding, Bnb4) and request.quantizer == "mse"
     return replace(
         recipe,
-        source=_as_rows(source),
+        source=source.as_matrix() if isinstance(source, StoredTensor) else source,
         kind=kind,
         encoding=encoding,
         encoded_parts=parts,
         form=form,
         searches=searches,
     )
-
-
-def _as_rows(source: Source) -> Source:
-    """A stack of matrices as one: encodings count the rows of all."""
-    if not isinstance(source, StoredTensor) or len(source.shape) < 3:
-        return source
-    return replace(source, shape=(math.prod(source.shape[:-1]), source.shape[-1]))
 
 
 def _is_same(one: Encoding, other: Encoding) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loraweld.adapter.edits import Dora, Edit, LowRank, Residual
+from loraweld.adapter.edits import Dora, Edit, LowRank, OnRows, Residual
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor
 from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
 from loraweld.checkpoint.remote import CACHE_BYTES, REQUEST_BYTES
@@ -76,15 +76,24 @@ def _largest_matrix(recipes: Iterable[Recipe]) -> tuple[int, str]:
 
 def _factor_bytes(recipe: Recipe) -> int:
     """Float32 factors of a recipe: the side along the columns whole, the other for one item's rows."""
-    return sum(_side_bytes(edit, recipe) for edit in recipe.edits)
+    parts = [edit for edit in recipe.edits if isinstance(edit, OnRows)]
+    whole = sum(_side_bytes(edit, recipe) for edit in recipe.edits if not isinstance(edit, OnRows))
+    if not parts:
+        return whole
+    # Of the parts, as many are loaded as an item's rows touch.
+    touched = _item_rows(recipe) // min(part.stop - part.start for part in parts) + 2
+    largest = max(_side_bytes(part.edit, recipe) for part in parts)
+    return whole + min(touched, len(parts)) * largest
+
+
+def _item_rows(recipe: Recipe) -> int:
+    return min(recipe.rows, ITEM_BYTES // (2 * max(1, recipe.source.cols)) + 2)
 
 
 def _side_bytes(edit: Edit, recipe: Recipe) -> int:
     if not isinstance(edit, LowRank | Dora | Residual):
         return 0
-    cols = recipe.source.cols
-    rows = min(recipe.rows, ITEM_BYTES // (2 * max(1, cols)) + 2)
-    return 4 * edit.rank * (cols + rows)
+    return 4 * edit.rank * (recipe.source.cols + _item_rows(recipe))
 
 
 def tile_height(num_cols: int, unit_rows: int = 1) -> int:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loraweld.adapter.edits import Edit, LowRank
+from loraweld.adapter.edits import Edit
 from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, RequantisedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import num_bytes
@@ -31,7 +31,7 @@ def _key(tensor: Source) -> tuple[object, ...]:
 def _edit_key(edit: Edit) -> tuple[object, ...]:
     values = (getattr(edit, item.name) for item in fields(edit))
     return edit.kind, *(
-        _key(value) if isinstance(value, StoredTensor) else _edit_key(value) if isinstance(value, LowRank) else value
+        _key(value) if isinstance(value, StoredTensor) else _edit_key(value) if isinstance(value, Edit) else value
         for value in values
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from loraweld.adapter.edits import GrowRows
+from loraweld.adapter.edits import Edit, GrowRows, OnRows
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
+from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import FLOAT_CODE_BY_NAME
 from loraweld.errors import CheckpointError
 from loraweld.planning.changes import Change
@@ -59,16 +60,24 @@ def _twins(facts: Facts, recipes: Sequence[Recipe]) -> Iterator[Recipe]:
 
 def _recipe(name: str, stored: Source, change: Change | None, dtype: str) -> Recipe:
     if change is None:
-        return Recipe(name=name, dtype=dtype, shape=stored.shape, source=stored, edits=(), kind=_kind(stored, dtype))
+        kind = _kind(stored, dtype)
+        rows = stored.as_matrix() if kind == "convert" and isinstance(stored, StoredTensor) else stored
+        return Recipe(name=name, dtype=dtype, shape=stored.shape, source=rows, edits=(), kind=kind)
     source: Source = change.replacement or stored
     return Recipe(
         name=name,
         dtype=dtype,
         shape=_shape(source, change),
-        source=source,
+        source=_as_edited(source, change.edits),
         edits=tuple(change.edits),
         kind="edit" if change.edits else "replace",
     )
+
+
+def _as_edited(source: Source, edits: Sequence[Edit]) -> Source:
+    """A stack of experts is edited as one matrix of all their rows; a convolution's rows are its outputs."""
+    on_rows = any(isinstance(edit, OnRows) for edit in edits)
+    return source.as_matrix() if isinstance(source, StoredTensor) and on_rows else source
 
 
 def _kind(stored: Source, dtype: str) -> str:
