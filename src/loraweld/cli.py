@@ -92,7 +92,16 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
             *("workers", "overwrite", "resume", "tokenizer", "gguf_type", "keep_merged"),
             *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
-            *("expert_layout", "stream_base", "token", "push_to_hub", "private", "revision", "create_pr", "commit_message"),
+            *(
+                "expert_layout",
+                "stream_base",
+                "token",
+                "push_to_hub",
+                "private",
+                "revision",
+                "create_pr",
+                "commit_message",
+            ),
         )
     }
     for name, value in options.items():

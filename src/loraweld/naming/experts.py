@@ -64,7 +64,7 @@ class ExpertNames:
         return []
 
     def one_expert(self, module: str) -> Piece | None:
-        """Return the fused tensor that a module of one expert, as older adapters name it, lies in, and which part it is."""
+        """Return the place in a fused tensor of a module of one expert, which is how older adapters name them."""
         found = _ONE_EXPERT.fullmatch(module)
         if found is None:
             return None

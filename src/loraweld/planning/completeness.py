@@ -6,7 +6,7 @@ Source of the matching rules: PEFT 0.21.2, `check_target_module_exists` (tuners_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from loraweld.adapter.config import AdapterConfig
@@ -14,6 +14,7 @@ from loraweld.adapter.edits import ReplaceRows
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
 from loraweld.errors import AdapterError
+from loraweld.naming.linear import is_expert
 from loraweld.naming.tied import Tie
 from loraweld.planning.claims import Claim
 
@@ -43,7 +44,7 @@ def _missing_targets(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> l
         for module in stored
         if module not in claimed
         and (_kind(module) in kinds or _last(module) not in names)
-        and _is_target(module, adapter.config)
+        and (_is_target(module, adapter.config) or _is_target_parameter(module, kinds, adapter.config))
         and not _is_extra_layer(module, base)
     ]
 
@@ -62,6 +63,13 @@ def _is_target(module: str, config: AdapterConfig) -> bool:
     if _matches(module, config.exclude_modules, config.path) or not _matches(
         module, config.target_modules, config.path
     ):
+        return False
+    return config.layers is None or _layer_number(module, config.layers_pattern) in config.layers
+
+
+def _is_target_parameter(module: str, kinds: Container[str], config: AdapterConfig) -> bool:
+    """Experts of a layer, where those of other layers were adapted as parameters."""
+    if not config.target_parameters or not is_expert(f"{module}.") or _kind(module) not in kinds:
         return False
     return config.layers is None or _layer_number(module, config.layers_pattern) in config.layers
 

@@ -87,7 +87,7 @@ def _fused(pair: ExpertPair, name: str, stored: Source) -> list[tuple[str, Edit]
 
 
 def _split(pair: ExpertPair, pieces: list[Piece], tensors: Mapping[str, Source]) -> list[tuple[str, Edit]]:
-    """A matrix (outputs, inputs) for each expert and part; the parts of an expert lie one above the other in the delta."""
+    """A matrix (outputs, inputs) for each expert and part, which lie one above the other in the delta."""
     experts = len(pieces) // pieces[0].parts
     outputs, inputs = tensors[pieces[0].name].shape
     transposed = _is_transposed(pair, (outputs * pieces[0].parts, inputs))
