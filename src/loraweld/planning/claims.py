@@ -21,10 +21,11 @@ from loraweld.naming.experts import ExpertNames
 from loraweld.naming.names import Names
 from loraweld.naming.roles import has_row_per_token, is_task_head
 from loraweld.naming.tied import Tie
-from loraweld.planning.experts import ExpertPair, expert_edits, one_expert_edit, wrapped_parameter
+from loraweld.planning.experts import ExpertPair, expert_edits, one_expert_edit, version_of, wrapped_parameter
 from loraweld.planning.lowrank import embedding_edits, linear_edits
 
 _WRAPPER = ".base_layer"
+_ADDS_TWICE = (0, 21, 2)
 _PART_SETS = {
     "linear": {"lora_A", "lora_B", "lora_bias", "magnitude"},
     "embedding": {"embedding_A", "embedding_B", "magnitude"},
@@ -171,6 +172,12 @@ class ClaimFinder:
         if name is None:
             return []
         edits = linear_edits(self._adapter.config, module, parts, self._shape(name), self._base.model_type)
+        version = version_of(self._adapter.config.peft_version)
+        if outside and version is not None and version > _ADDS_TWICE:
+            raise AdapterError(
+                f"is the output of an nn.MultiheadAttention, to which PEFT up to 0.21.2 adds its delta twice; whether "
+                f"{self._adapter.config.peft_version} still does is not known here. Update loraweld"
+            )
         if outside:
             edits = [replace(edit, scaling=2 * edit.scaling) if isinstance(edit, LowRank) else edit for edit in edits]
         return self._spread(module, tuple(parts.values()), [(name, edit) for edit in edits])

@@ -146,7 +146,7 @@ def _square(pair: ExpertPair) -> bool:
     """
     if pair.layout != "auto":
         return pair.layout == "swapped"
-    version = _version(pair.config.peft_version)
+    version = version_of(pair.config.peft_version)
     if version is None:
         raise AdapterError(
             "the experts are square, and the config has no peft_version that tells how A and B lie; give "
@@ -158,7 +158,8 @@ def _square(pair: ExpertPair) -> bool:
     return not holds_transposed if version == (0, 19, 0) else holds_transposed
 
 
-def _version(text: str | None) -> tuple[int, int, int] | None:
+def version_of(text: str | None) -> tuple[int, int, int] | None:
+    """Return the three numbers that a version of PEFT begins with, None if it is none."""
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", text or "")
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
 

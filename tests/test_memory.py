@@ -1,0 +1,89 @@
+"""The memory of a merge does not grow with its largest tensor: looked at from outside, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+# What the command line promises: the default budget, and what Python and torch take.
+MOST_MIB = 512 + 260
+
+
+def write_hollow_base(folder: Path, tensors: dict[str, tuple[int, ...]], **config: object) -> Path:
+    """Write a bfloat16 base whose weights are a hole in the file: all zeros, and no room on the disk."""
+    folder.mkdir()
+    entries, end = {}, 0
+    for name, shape in tensors.items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(file.tell() + end)
+    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16", "tie_word_embeddings": False, **config}))
+    return folder
+
+
+def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    folder.mkdir()
+    save_file({f"base_model.model.{k}": v for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    options = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "peft_version": "0.21.2", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(options))
+    return folder
+
+
+def peak_mib(base: Path, adapter: Path, out: Path) -> float:
+    command = [sys.executable, "-m", "loraweld", "merge", str(adapter), "--base", str(base), "-o", str(out), "--quiet"]
+    with subprocess.Popen(command) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_of_two_gigabytes(transposed: bool, tmp_path: Path) -> None:
+    """128 experts in one tensor, each with a LoRA."""
+    experts, rows, cols = 128, 4096, 2048
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    base = write_hollow_base(tmp_path / "base", {name: (experts, rows, cols)}, model_type="qwen3_vl_moe")
+    outputs, inputs = (cols, rows) if transposed else (rows, cols)
+    factors = {"lora_A": torch.randn(16 * experts, inputs), "lora_B": torch.randn(outputs, 16 * experts)}
+    tensors = {f"model.layers.0.mlp.experts.{key}.weight": factor for key, factor in factors.items()}
+    adapter = write_adapter(tmp_path / "adapter", tensors, target_parameters=["mlp.experts.gate_up_proj"])
+    assert (base / "model.safetensors").stat().st_size > 2e9
+    assert peak_mib(base, adapter, tmp_path / "out") <= MOST_MIB
+    checked = torch.empty(0)
+    with (tmp_path / "out" / "model.safetensors").open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little") + 2 * 77 * rows * cols
+        file.seek(start)
+        checked = torch.frombuffer(bytearray(file.read(2 * rows * cols)), dtype=torch.bfloat16).view(rows, cols)
+    delta = factors["lora_B"][:, 77::experts].double() @ factors["lora_A"][77 * 16 : 78 * 16].double()
+    assert torch.equal(checked, (delta.T if transposed else delta).to(torch.bfloat16)) or (
+        (checked != (delta.T if transposed else delta).to(torch.bfloat16)).float().mean() <= 1e-4
+    )
+
+
+@pytest.mark.slow
+def test_an_embedding_of_four_gigabytes(tmp_path: Path) -> None:
+    """256k tokens of 8192 numbers, and a head as large, both with a LoRA."""
+    tokens, width = 262_144, 8192
+    base = write_hollow_base(
+        tmp_path / "base", {"model.embed_tokens.weight": (tokens, width)}, model_type="llama", vocab_size=tokens
+    )
+    tensors = {
+        "model.embed_tokens.lora_embedding_A": torch.randn(16, tokens),
+        "model.embed_tokens.lora_embedding_B": torch.randn(width, 16),
+    }
+    adapter = write_adapter(tmp_path / "adapter", tensors, target_modules=["embed_tokens"])
+    assert (base / "model.safetensors").stat().st_size > 4e9
+    assert peak_mib(base, adapter, tmp_path / "out") <= MOST_MIB
