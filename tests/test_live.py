@@ -53,7 +53,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_files_are_those_of_the_file_interface(name: str, method: str, tmp_path: Path) -> None:
     """The weights of a live save and of a merge of the same base and adapter are the same bytes."""
     base = write_base(name, tmp_path / "base")
-    peft = with_adapter(auto_of(name).from_pretrained(base), name)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if name == "qwen3-moe" else None
+    peft = with_adapter(auto_of(name).from_pretrained(base), name, target_parameters=experts)
     peft.save_pretrained(tmp_path / "adapter")
     loraweld.merge(tmp_path / "adapter", output=tmp_path / "file", base=base, save_method=method, max_shard_size="5GB")
     loraweld.save_pretrained_merged(peft, tmp_path / "live", save_method=method)
