@@ -45,6 +45,10 @@ class ExpertNames:
     def __init__(self, stored: Collection[str], names: Names) -> None:
         self._stored = frozenset(stored)
         self._names = names
+        self._counts: dict[str, int] = {}
+        for name in stored:
+            if found := _ONE_EXPERT.match(name):
+                self._counts[found[1]] = max(self._counts.get(found[1], 0), int(found[2]) + 1)
 
     def pieces(self, module: str, parameter: str) -> list[Piece]:
         """Return the tensors of `parameter` of all experts in `module`; none if the base has no such experts.
@@ -86,21 +90,15 @@ class ExpertNames:
         if first is None:
             return []
         stem = first.removesuffix(f".0.{split[0]}.weight")
-        count = 1 + max(int(hit[2]) for name in self._stored if (hit := _of(stem, name)))
         pieces = [
             Piece(f"{stem}.{expert}.{projection}.weight", expert, part, len(split))
-            for expert in range(count)
+            for expert in range(self._counts[stem])
             for part, projection in enumerate(split)
         ]
         missing = [piece.name for piece in pieces if piece.name not in self._stored]
         if missing:
             raise MatchError(f"the base lacks tensors of its experts, among others {missing[0]!r}")
         return pieces
-
-
-def _of(stem: str, name: str) -> re.Match[str] | None:
-    found = _ONE_EXPERT.match(name)
-    return found if found is not None and found[1] == stem else None
 
 
 def has_transposed_experts(model_type: str) -> bool:
