@@ -6,12 +6,14 @@ encoded anew: one item, codes and scales, since scales may depend on all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 from loraweld.planning.merge_plan import MergePlan, Recipe, WeightFile
+from loraweld.sinks.system import BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,40 @@ class Item:
         return f"{self.file.name}:{self.start}:{self.end}"
 
 
-def work_items(plan: MergePlan, copies: Callable[[Path], bool]) -> Iterator[Item]:
-    """Yield the items of all weight files in order; `copies` says whether a sink copies a file whole."""
+class Copies(Protocol):
+    """What a sink can do with a file of the base."""
+
+    def copies(self, source: Path) -> bool:
+        """Whether it copies such a file whole."""
+
+    def starts_from(self, name: str, source: Path) -> bool:
+        """Whether output file `name` begins as a clone of `source`, so that only what changes is written."""
+
+
+def work_items(plan: MergePlan, sink: Copies) -> Iterator[Item]:
+    """Yield the items of all weight files in order."""
     for file in plan.weights:
-        if file.same_as is not None and copies(file.same_as):
+        if file.same_as is not None and sink.copies(file.same_as):
             yield Item(file, 0, file.num_bytes, whole=file.same_as)
+        elif file.like is not None and not file.has_encoded and sink.starts_from(file.name, file.like):
+            for start, end in _changed(file):
+                yield from _ranges(file, start, end, plan.item_bytes)
         else:
             yield from _items(file, plan.item_bytes)
+
+
+def _changed(file: WeightFile) -> list[tuple[int, int]]:
+    """The block-aligned ranges of a file in which something changes."""
+    ranges: list[tuple[int, int]] = []
+    for placed in file.placed:
+        if placed.recipe.keeps_bytes:
+            continue
+        start = placed.offset // BLOCK_BYTES * BLOCK_BYTES
+        end = min(-(-placed.end // BLOCK_BYTES) * BLOCK_BYTES, file.num_bytes)
+        if ranges and start <= ranges[-1][1]:
+            start = ranges.pop()[0]
+        ranges.append((start, end))
+    return ranges
 
 
 def _items(file: WeightFile, step: int) -> Iterator[Item]:

@@ -51,6 +51,8 @@ class Sink(Protocol):
 
     def copies(self, source: Path) -> bool: ...
 
+    def starts_from(self, name: str, source: Path) -> bool: ...
+
     def create(self, name: str, size: int, *, aligned: bool) -> None: ...
 
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None: ...
@@ -125,7 +127,7 @@ class _Run:
         self._stop = threading.Event()
         # One thread per core computes, the others wait for the disk: more would only wait for each other.
         self._computing = threading.Semaphore(os.cpu_count() or 1)
-        self._items = list(work_items(plan, sink.copies))
+        self._items = list(work_items(plan, sink))
         self._files = _OpenFiles(self._items, sink, self._stop)
         self._checkpoint = _Checkpoint(sink)
         self._measured: dict[str, Sequence[float]] = {}

@@ -93,9 +93,14 @@ def _like(file: StoredFile, outputs: Sequence[_Output]) -> WeightFile:
     ]
     if same_entries and "format" in header.metadata:
         placed = _place(outputs, header.data_start)
-        untouched = all(piece.recipe.keeps_bytes and piece.kept.path == file.path for piece in placed)
+        stays = all(not p.recipe.keeps_bytes or (p.kept.path, p.kept.offset) == (file.path, p.offset) for p in placed)
+        untouched = stays and all(piece.recipe.keeps_bytes for piece in placed)
         return WeightFile(
-            name=file.path.name, header=header.raw, placed=placed, same_as=file.path if untouched else None
+            name=file.path.name,
+            header=header.raw,
+            placed=placed,
+            same_as=file.path if untouched else None,
+            like=file.path if stays and placed[-1].end == file.file_bytes else None,
         )
     metadata = {"format": "pt", **header.metadata}
     return _weight_file(file.path.name, outputs, metadata, align_to=header.data_start % PAGE_BYTES)

@@ -127,12 +127,17 @@ class PlacedPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
-    """One output file of weights; `same_as` is the base's file if this one is byte for byte the same."""
+    """One output file of weights.
+
+    `like` is the base's file if it has this header and these tensors at these places; then a part that is kept is where
+    it was. `same_as` is that file if nothing of it changes.
+    """
 
     name: str
     header: bytes
     placed: tuple[PlacedPart, ...]
     same_as: Path | None
+    like: Path | None = None
 
     @property
     def has_encoded(self) -> bool:

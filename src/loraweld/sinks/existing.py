@@ -42,6 +42,10 @@ class ExistingSink:
         """Whether a whole file is compared as one."""
         return mounted(source) is None
 
+    def starts_from(self, name: str, source: Path) -> bool:
+        """All of it is compared."""
+        return False
+
     def copy(self, name: str, source: Path) -> None:
         """Check that `name` equals `source`."""
         self.create(name, source.stat().st_size)

@@ -2,6 +2,7 @@
 
     parent/.NAME.loraweld/lock       held while a merge runs
     parent/.NAME.loraweld/journal    what is finished and durable (see `journal`)
+    parent/.NAME.loraweld/cloned     which files share their unchanged blocks with the base's
     parent/.NAME.loraweld/model/     the output while it grows
     parent/NAME                      appears, complete, by renaming model/
 
@@ -23,6 +24,7 @@ from loraweld.errors import OutputError
 from loraweld.sinks import system
 from loraweld.sinks.journal import Journal, folder_number, read_journal
 
+_CLONED_NAME = "cloned"
 TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
 
 
@@ -79,6 +81,18 @@ class FolderSink:
     def copies(self, source: Path) -> bool:
         """Whether a whole file is best copied as one: not if it comes from the network, in pieces."""
         return mounted(source) is None
+
+    def starts_from(self, name: str, source: Path) -> bool:
+        """Make `name` a clone that shares its blocks with `source`, where the file system can; a resume knows of it."""
+        path, memory = self._model / name, self._staging / _CLONED_NAME
+        known = memory.read_text().splitlines() if memory.is_file() else []
+        if path.exists() or mounted(source) is not None:
+            return name in known
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not system.clone_file(source, path):
+            return False
+        memory.write_text("\n".join([*known, name]))
+        return True
 
     def copy(self, name: str, source: Path) -> None:
         """Make `name` a durable copy of `source`."""
@@ -183,8 +197,9 @@ def open_folder_sink(
         journal = Journal.resume(path, identity, output) if resume else None
         if journal is None:
             path.unlink(missing_ok=True)  # first: without a journal nothing in the folder counts
-            if elsewhere is not None:
-                elsewhere.unlink(missing_ok=True)
+            for memory in (elsewhere, staging / _CLONED_NAME):
+                if memory is not None:
+                    memory.unlink(missing_ok=True)
             shutil.rmtree(output, ignore_errors=True)
             output.mkdir()
             journal = Journal.begin(path, identity, output)

@@ -56,6 +56,10 @@ class HubSink(FolderSink):
         """Whether a file is taken as it is: by the Hub from the base's repository, or from this machine."""
         return super().copies(source) or self._upload.can_copy(source.name, None)
 
+    def starts_from(self, name: str, source: Path) -> bool:
+        """Files that are here for a while only are written anew."""
+        return False
+
     def copy(self, name: str, source: Path) -> None:
         """Let the Hub copy the file, else send it; what is small stays for the commit."""
         local = source if super().copies(source) else None

@@ -113,6 +113,19 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(writing.fileno())
 
 
+def clone_file(source: Path, target: Path) -> bool:
+    """Make `target` a file that shares all blocks with `source` until either is written; False where that cannot be."""
+    if not _LINUX:
+        return False
+    with source.open("rb") as reading, target.open("wb") as writing:
+        cloned = _clone(reading.fileno(), writing.fileno())
+        if cloned:
+            os.fsync(writing.fileno())
+    if not cloned:
+        target.unlink()
+    return cloned
+
+
 def exchange(one: Path, other: Path) -> bool:
     """Swap two folders atomically; return False where the system cannot."""
     if not _LINUX:
