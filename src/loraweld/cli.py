@@ -55,7 +55,9 @@ def _fail(message: str, code: int) -> NoReturn:
 def _merge(arguments: argparse.Namespace) -> None:
     from loraweld.api import merge_request
     from loraweld.progress import show_progress
+    from loraweld.sinks.system import keep_freed_memory
 
+    keep_freed_memory()
     quiet = arguments.quiet or arguments.json
     request = _request(arguments)
     with show_progress(quiet=quiet) as shown:

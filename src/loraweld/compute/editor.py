@@ -85,7 +85,7 @@ class TensorEditor:
         decoder, kernels = self._made()
         base = decoder.rows(min(first, self.recipe.source.rows), min(last, self.recipe.source.rows))
         spans = [span for kernel in kernels if (span := kernel.span(first, last)) is not None]
-        return EditSession(self, tiles, base, spans, scratch)
+        return EditSession(self, tiles, (start, stop), base, spans, scratch)
 
     def _made(self) -> tuple[Decoder, list[Kernel]]:
         with self._lock:
@@ -106,11 +106,13 @@ class EditSession:
         self,
         editor: TensorEditor,
         tiles: Sequence[tuple[int, int]],
+        wanted: tuple[int, int],
         base: Rows,
         spans: Sequence[Span],
         scratch: Scratch,
     ) -> None:
         self.tiles = tiles
+        self._wanted = wanted
         self._recipe = editor.recipe
         self._base = base
         self._source_rows = editor.recipe.source.rows
@@ -128,7 +130,7 @@ class EditSession:
         Raises:
             CheckpointError: the source cannot be read.
         """
-        base_nC = self._base.read(top, max(top, min(bottom, self._source_rows)))
+        base_nC = self._read(top, max(top, min(bottom, self._source_rows)))
         tile_nC = self._scratch.values(bottom - top, self._cols)
         if len(base_nC) < len(tile_nC):
             tile_nC[len(base_nC) :] = 0
@@ -139,6 +141,16 @@ class EditSession:
         for span in self._spans:
             error = span.apply(tile_nC, base_nC, top, error)
         return Tile(tile_nC, base_nC, error)
+
+    def _read(self, top: int, bottom: int) -> torch.Tensor:
+        """Return stored rows [top, bottom). Of those that nobody wants any number will do: a tile is computed whole."""
+        first, last = max(top, self._wanted[0]), min(bottom, self._wanted[1])
+        if (first, last) == (top, bottom) or first >= last:
+            return self._base.read(top, bottom)
+        wanted_nC = self._base.read(first, last)
+        rows_nC = torch.ones((bottom - top, self._cols), dtype=wanted_nC.dtype)
+        rows_nC[first - top : last - top] = wanted_nC
+        return rows_nC
 
     def check(self, tile: Tile, top: int, bottom: int) -> None:
         """Make sure that an edited tile exists in the recipe's dtype.
