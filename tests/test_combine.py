@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import loraweld
@@ -34,7 +35,6 @@ from models import MODELS, TinyModel, logits
 
 UP_PROJ = MODULES[5]
 MODEL_BY_NAME = {model.name: model for model in MODELS}
-Oracle = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -251,7 +251,7 @@ def test_weight_0_changes_nothing_but_must_fit(place: Path) -> None:
     merged("two", output="alone")
     assert contents_without_record(place / "out") == contents_without_record(place / "alone")
     save_adapter(place / "misfit", lora("model.layers.9.mlp.up_proj", (24, 16)))
-    with pytest.raises(loraweld.MatchError, match="layers.9"):
+    with pytest.raises(loraweld.MatchError, match=r"layers\.9"):
         merged("misfit", "two", weights=[0, 1], output="other")
 
 
@@ -264,14 +264,8 @@ def test_all_at_0_is_the_base(place: Path) -> None:
 # The methods of PEFT, against PEFT: `add_weighted_adapter`, then the unmerged forward
 
 
-def on(*names: str, **options: Any) -> Callable[[TinyModel], LoraConfig]:
-    return lambda model: config(
-        target_modules=[getattr(model, n) if isinstance(n, str) else n for n in names], **options
-    )
-
-
-def linears(**options: Any) -> Callable[[TinyModel], LoraConfig]:
-    return lambda model: config(target_modules=list(model.linears), **options)
+def linears(model: TinyModel, **options: Any) -> LoraConfig:
+    return config(target_modules=list(model.linears), **options)
 
 
 def trained_pair(
@@ -318,7 +312,7 @@ OF_ANY_RANK = [
     {"combine": "cat"},
     {"combine": "svd"},
     {"combine": "svd", "svd_rank": 2},
-    {"combine": "svd", "svd_rank": 20},
+    {"combine": "svd", "svd_rank": 7},
     {"combine": "ties_svd", "density": 0.4},
     {"combine": "ties_svd", "density": 0.6, "majority_sign_method": "frequency", "svd_rank": 6},
     {"combine": "magnitude_prune_svd", "density": 0.3},
@@ -337,7 +331,7 @@ def test_methods_give_what_peft_gives(name: str, options: dict[str, Any], weight
     model = MODEL_BY_NAME[name]
     rank = 4 if options in APART else 3
     second = config(target_modules=list(model.linears[1:]), r=rank, lora_alpha=5)
-    _, peft, adapters = trained_pair(model, [linears()(model), second], tmp_path)
+    _, peft, adapters = trained_pair(model, [linears(model), second], tmp_path)
     assert_as_peft(model, tmp_path, peft, adapters, weights, **options)
 
 
@@ -345,7 +339,7 @@ def test_methods_give_what_peft_gives(name: str, options: dict[str, Any], weight
 @pytest.mark.parametrize("kind", ["conv", "embedding"])
 def test_methods_on_other_layers(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Convolutions and embeddings, as PEFT combines them."""
-    model = MODEL_BY_NAME["whisper" if kind == "conv" else "gemma2"]
+    model = MODEL_BY_NAME["vit" if kind == "conv" else "gemma2"]
     targets = [*model.convs, *model.linears] if kind == "conv" else [model.embedding, *model.linears]
     pair = [config(target_modules=targets), config(target_modules=targets, lora_alpha=3)]
     _, peft, adapters = trained_pair(model, pair, tmp_path)
@@ -354,12 +348,12 @@ def test_methods_on_other_layers(kind: str, options: dict[str, Any], tmp_path: P
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_rslora_counts_as_it_was_trained(method: str, tmp_path: Path) -> None:
-    """The effective scaling is Σ w·s·BA: PEFT's forward with scaled adapters, not its combination (sqrt(r) too strong)."""
+    """The scaling is Σ w·s·BA: PEFT's forward with scaled adapters, not its combination (sqrt(r) too strong)."""
     model = MODEL_BY_NAME["llama"]
-    case, peft, adapters = trained_pair(model, [linears(use_rslora=True)(model), linears(r=3)(model)], tmp_path)
+    case, peft, adapters = trained_pair(model, [linears(model, use_rslora=True), linears(model, r=3)], tmp_path)
     for module in peft.modules():
         for name, weight in (("a", 0.7), ("b", -0.3)):
-            if name in getattr(module, "scaling", {}):
+            if isinstance(module, LoraLayer) and name in module.scaling:
                 module.scaling[name] *= weight
     inputs = case.inputs(model)
     expected = logits(peft, inputs)
@@ -637,7 +631,7 @@ def test_two_adapters_that_replace_one_tensor(options: dict[str, Any], place: Pa
 def test_a_tensor_of_another_shape_is_taken_whole_or_not_at_all(place: Path) -> None:
     """Nothing lies between a resized table and the base's: weights other than 1 and 0 are refused."""
     rows = torch.ones(VOCAB + 2, HIDDEN)
-    resized = {f"{EMBEDDING}.weight": rows, "lm_head.weight": rows}
+    resized = {f"{EMBEDDING}.weight": rows, "lm_head.weight": rows.clone()}
     save_adapter(place / "resized", {**lora(Q_PROJ), **resized}, layers_to_transform=[0])
     with pytest.raises(loraweld.MatchError, match=r"weight 0\.5.*\n.*lm_head\.weight: \(42, 16\).*\(40, 16\)"):
         merged("resized", scale=0.5)
@@ -646,7 +640,7 @@ def test_a_tensor_of_another_shape_is_taken_whole_or_not_at_all(place: Path) -> 
 
 
 def test_a_part_that_is_missing_in_one_adapter_is_seen(place: Path) -> None:
-    """Each adapter is checked by its own config before they are combined: a truncated file does not hide in the other."""
+    """Each adapter is checked by its own config: a truncated file does not hide behind the other one."""
     tensors = {name: tensor for name, tensor in loras(*MODULES).items() if "layers.1.mlp.up_proj" not in name}
     save_adapter(place / "cut", tensors)
     with pytest.raises(loraweld.MatchError, match=r"cut: model\.layers\.1\.mlp\.up_proj"):
