@@ -63,6 +63,10 @@ def other_lora(rank: int = 3) -> dict[str, Tensor]:
     return {**lora(Q_PROJ, rank=rank, seed=51), **lora(UP_PROJ, rank=rank, seed=52)}
 
 
+def name_of(options: Mapping[str, Any]) -> str:
+    return "-".join(str(value) for value in options.values())
+
+
 def merged(*adapters: str, output: str = "out", base: str = "base", **options: Any) -> dict[str, Tensor]:
     loraweld.merge(adapters, base=base, output=output, **options)
     return load_folder(Path(output))
@@ -125,6 +129,47 @@ def test_a_merge_is_taken_back(place: Path) -> None:
     for name, tensor in load_folder(Path("base")).items():
         step = 2.0**-22 * there[name].abs().max()
         assert (back[name] - tensor.float()).abs().max() <= step
+
+
+def test_a_merge_into_a_table_is_taken_back(place: Path) -> None:
+    """The copy of the base's table in the adapter does not stand in the way: it is not what is taken off."""
+    table = load_folder(Path("base"))[f"{EMBEDDING}.weight"]
+    tensors = {**embedding_lora(21), f"{EMBEDDING}.base_layer.weight": table}
+    save_adapter(place / "table", tensors, r=4, target_modules=["embed_tokens"])
+    merged("table", output="there", dtype="float32")
+    back = merged("table", base="there", output="back", scale=-1, dtype="float32")
+    assert (back[f"{EMBEDDING}.weight"] - table.float()).abs().max() <= 2.0**-22 * table.float().abs().max() * 2
+
+
+@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 7}, {"max_memory": "64MB"}], ids=name_of)
+def test_weighted_edits_give_the_same_bytes_always(options: dict[str, Any], place: Path) -> None:
+    """Threads and memory do not show in what a weighted DoRA gives."""
+    save_adapter(place / "dora", dora(Q_PROJ, seed=9), use_dora=True, layers_to_transform=[0])
+    merged("dora", "two", weights=[0.5, -1], dtype="float16")
+    merged("dora", "two", weights=[0.5, -1], dtype="float16", output="same", **options)
+    assert contents(place / "out") == contents(place / "same")
+
+
+def test_a_dora_on_an_embedding_is_taken_in_part(place: Path) -> None:
+    """The norm runs down the columns of the table; half of the edit lies in the middle."""
+    magnitude = 1 + torch.rand(HIDDEN, generator=torch.Generator().manual_seed(4))
+    tensors = {**embedding_lora(21), f"{EMBEDDING}.lora_magnitude_vector": magnitude}
+    save_adapter(place / "table", tensors, r=4, target_modules=["embed_tokens"], use_dora=True)
+    found = merged("table", scale=0.5)[f"{EMBEDDING}.weight"]
+    base = stored(f"{EMBEDDING}.weight")
+    a, b = (tensor.double() for tensor in embedding_lora(21).values())
+    changed = base + 1.5 * (b @ a).T
+    changed = changed * (magnitude.double() / changed.norm(dim=0))
+    assert_nearest(found, base + 0.5 * (changed - base))
+
+
+def test_a_weighted_edit_goes_into_codes(place: Path) -> None:
+    """An encoded output is made of the same float32 values: it decodes to what a 32-bit merge gives, within a step."""
+    save_adapter(place / "dora", dora(Q_PROJ, seed=9), use_dora=True, layers_to_transform=[0])
+    plain = merged("dora", scale=0.5, dtype="float32")[f"{Q_PROJ}.weight"]
+    codes = merged("dora", scale=0.5, save_method="merged_8bit", output="codes")
+    scales = codes[f"{Q_PROJ}.SCB"][:, None] / 127
+    assert ((codes[f"{Q_PROJ}.weight"].float() * scales - plain).abs() <= 0.51 * scales + 1e-6).all()
 
 
 def test_lora_bias_is_weighed_as_its_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,10 +364,6 @@ OF_ANY_RANK = [
 ]
 
 
-def name_of(options: Mapping[str, Any]) -> str:
-    return "-".join(str(value) for value in options.values())
-
-
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [1.0, -0.6]], ids=str)
 @pytest.mark.parametrize("options", [*APART, *OF_ANY_RANK], ids=name_of)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -377,7 +418,7 @@ def factors(folder: Path) -> dict[str, Tensor]:
 
 
 def combined(output: str, **options: Any) -> dict[str, Tensor]:
-    loraweld.merge(["one", "same"], output=output, save_method="lora", **options)
+    loraweld.merge(["one", "same"], base="base", output=output, save_method="lora", **options)
     return factors(Path(output))
 
 
@@ -408,9 +449,8 @@ def test_dare_drops_at_random_and_rescales(place: Path) -> None:
     }
     for name in ("w1", "w2"):
         save_adapter(place / name, wide, lora_alpha=64)
-    loraweld.merge(
-        ["w1", "w2"], output="lora", save_method="lora", combine="dare_linear", density=density, weights=[1, 4]
-    )
+    options = {"base": "any", "save_method": "lora", "combine": "dare_linear", "density": density, "weights": [1, 4]}
+    loraweld.merge(["w1", "w2"], output="lora", **options)
     a, b = (factors(place / "lora")[f"{module}.lora_{part}.weight"] * density for part in "AB")
     for tensor in (a, b):
         values, counts = tensor.unique(return_counts=True)
@@ -594,7 +634,7 @@ def test_other_than_lora_is_not_combined(kind: str, place: Path) -> None:
     other_adapter(kind, place / "other")
     words = {"dora": "is a DoRA", "pissa": "'pissa'"}.get(kind, kind)
     with pytest.raises(loraweld.AdapterError, match=f"other: .*{words}"):
-        loraweld.merge(["one", "other"], output="out", save_method="lora", combine="cat")
+        loraweld.merge(["one", "other"], base="any", output="out", save_method="lora", combine="cat")
 
 
 @pytest.mark.parametrize("options", APART, ids=name_of)
@@ -604,11 +644,24 @@ def test_equal_ranks_are_needed_where_factors_are_combined_apart(options: dict[s
         merged("one", "two", **options)
 
 
-def test_a_base_trained_on_other_layers_is_refused(place: Path) -> None:
+def test_the_base_of_a_combined_adapter(place: Path) -> None:
+    """The one that all adapters name, or the one asked for; different names are refused, as for a merge."""
+    for name, base in (("n1", "org/this"), ("n2", "org/this"), ("n3", "org/that")):
+        save_adapter(place / name, lora(Q_PROJ), base_model_name_or_path=base)
+    options = {"save_method": "lora", "combine": "svd"}
+    loraweld.merge(["n1", "n2"], output="named", **options)
+    loraweld.merge(["n1", "n3"], output="asked", base="org/those", **options)
+    for output, base in (("named", "org/this"), ("asked", "org/those")):
+        assert json.loads((place / output / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    with pytest.raises(loraweld.RequestError, match="name different bases"):
+        loraweld.merge(["n1", "n3"], output="none", **options)
+
+
+def test_adapters_of_other_layers_is_refused(place: Path) -> None:
     """Adapters whose factors have other sizes cannot be combined."""
     save_adapter(place / "wide", lora(Q_PROJ, (32, 32)))
     with pytest.raises(loraweld.AdapterError, match="different layers"):
-        loraweld.merge(["one", "wide"], output="out", save_method="lora", combine="cat")
+        loraweld.merge(["one", "wide"], base="any", output="out", save_method="lora", combine="cat")
 
 
 def save_norm(folder: Path, value: float, **options: Any) -> None:

@@ -21,8 +21,8 @@ from loraweld.combine.modules import CombinedModule, combined_modules, kept_tens
 Kept = Sequence[tuple[Adapter, StoredTensor]]
 
 
-def combined_adapter(adapters: Sequence[Adapter], combination: Combination) -> Adapter:
-    """Combine the adapters and return the new one; the folder it lies in goes with it.
+def combined_adapter(adapters: Sequence[Adapter], combination: Combination, *, base: tuple[str, str | None]) -> Adapter:
+    """Combine the adapters and return the new one, of this base and revision; the folder it lies in goes with it.
 
     Raises:
         AdapterError: the adapters cannot be combined in this way.
@@ -30,7 +30,8 @@ def combined_adapter(adapters: Sequence[Adapter], combination: Combination) -> A
     modules = combined_modules(adapters, combination)
     kept = kept_tensors(adapters, modules)
     scratch = Scratch()
-    (scratch.folder / CONFIG_NAME).write_text(dump_json(_config(adapters, modules, kept)), encoding="utf-8")
+    config = _config(adapters, modules, kept) | {"base_model_name_or_path": base[0], "revision": base[1]}
+    (scratch.folder / CONFIG_NAME).write_text(dump_json(config), encoding="utf-8")
     _write(scratch.folder / SAFE_NAME, modules, [tensor for _, tensor in kept], combination)
     label = f"{' + '.join(adapter.label for adapter in adapters)} ({combination.method})"
     return replace(open_adapter(scratch.folder, label=label), scratch=scratch)
@@ -50,11 +51,8 @@ def _config(adapters: Sequence[Adapter], modules: Sequence[CombinedModule], kept
     rank = modules[0].rank if modules else 1
     others = {f"^{re.escape(module.path)}": module.rank for module in modules if module.rank != rank}
     sources = list({id(adapter): adapter for adapter, _ in kept}.values())
-    bases = {(adapter.config.base, adapter.config.revision) for adapter in adapters}
-    base, revision = bases.pop() if len(bases) == 1 else (None, None)
     return {
         **{key: first[key] for key in ("auto_mapping", "peft_version", "task_type") if key in first},
-        "base_model_name_or_path": base,
         "bias": next((found for a in sources if (found := a.config.raw.get("bias", "none")) != "none"), "none"),
         "fan_in_fan_out": any(adapter.config.fan_in_fan_out for adapter in adapters),
         "inference_mode": True,
@@ -66,7 +64,6 @@ def _config(adapters: Sequence[Adapter], modules: Sequence[CombinedModule], kept
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": others,
-        "revision": revision,
         "target_modules": [module.path for module in modules],
         "trainable_token_indices": next(
             (t for a in sources if (t := a.config.raw.get("trainable_token_indices"))), None

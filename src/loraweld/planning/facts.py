@@ -43,23 +43,19 @@ def gather_facts(request: MergeRequest) -> Facts:
         LoraweldError: something is missing, damaged or of an unknown kind.
     """
     adapters = open_adapters(request)
-    name, revision = (request.base, None) if request.base is not None else _named_base(adapters)
+    name, revision = named_base(request, adapters)
     locate = stream_base if request.stream_base else locate_base
     located = locate(name, revision=revision, token=request.token)
     base = open_base(located.folder, label=located.label, commit=located.commit, scratch=located.scratch)
     facts = facts_of(request, base, adapters)
-    return combined_facts(request, facts) if request.combination.makes_adapter else facts
+    return _combined(request, facts, (name, revision)) if request.combination.makes_adapter else facts
 
 
-def combined_facts(request: MergeRequest, facts: Facts) -> Facts:
-    """Return the facts with the adapters made one. That may take long, so what can be refused before is.
-
-    Raises:
-        LoraweldError: an adapter does not fit the base, the output cannot be there, or they cannot be combined.
-    """
+def _combined(request: MergeRequest, facts: Facts, base: tuple[str, str | None]) -> Facts:
+    """Return the facts with the adapters made one. That may take long, so what can be refused before is."""
     check_output(request, [facts.base.folder, *(adapter.folder for adapter in facts.given)])
     fitting_claims(facts.base, [replace(adapter, weight=1.0) for adapter in facts.given], facts.ties)
-    return replace(facts, adapters=(combined_adapter(facts.given, request.combination),))
+    return replace(facts, adapters=(combined_adapter(facts.given, request.combination, base=base),))
 
 
 def open_adapters(request: MergeRequest) -> tuple[Adapter, ...]:
@@ -116,8 +112,14 @@ def _is_equal(one: Source, other: Source) -> bool:
     return one.place == other.place or same_bytes(one, other)
 
 
-def _named_base(adapters: Sequence[Adapter]) -> tuple[str, str | None]:
-    """Return the base and the revision that all adapters name."""
+def named_base(request: MergeRequest, adapters: Sequence[Adapter]) -> tuple[str, str | None]:
+    """Return the base that was asked for, else the base and the revision that all adapters name.
+
+    Raises:
+        RequestError: they name none, or different ones.
+    """
+    if request.base is not None:
+        return request.base, None
     named = {(adapter.config.base, adapter.config.revision) for adapter in adapters}
     if len(named) > 1:
         found = listing(f"{a.label}: {a.config.base} {a.config.revision or ''}" for a in adapters)

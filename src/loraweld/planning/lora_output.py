@@ -8,7 +8,7 @@ from loraweld.combine.adapter import combined_adapter
 from loraweld.errors import RequestError
 from loraweld.planning.companions import override_files
 from loraweld.planning.disk import free_bytes
-from loraweld.planning.facts import open_adapters
+from loraweld.planning.facts import named_base, open_adapters
 from loraweld.planning.memory import LIBRARY_BYTES
 from loraweld.planning.merge_plan import MergePlan, SmallFile
 from loraweld.planning.paths import check_output
@@ -34,7 +34,9 @@ def plan_lora(request: MergeRequest) -> MergePlan:
         raise RequestError("dtype and max_shard_size have no effect with save_method lora; leave them out")
     given = open_adapters(request)
     check_output(request, [adapter.folder for adapter in given])
-    adapter = combined_adapter(given, combination) if combination.makes_adapter else given[0]
+    adapter = given[0]
+    if combination.makes_adapter:
+        adapter = combined_adapter(given, combination, base=named_base(request, given))
     files = [
         SmallFile(name=CONFIG_NAME, source=adapter.config.path),
         SmallFile(name=SAFE_NAME, source=adapter.safetensors),
