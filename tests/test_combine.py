@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import loraweld
 from cases import AdapterCase, config, reload_strictly
+from exact import BF16, FP16, Format, rounded
 from fakes import PREFIX, contents, load_folder
 from handmade import (
     EMBEDDING,
@@ -247,6 +248,18 @@ def test_a_trained_tensor_is_taken_in_part(place: Path) -> None:
     found = merged("norm", "one", weights=[0.25, 1], dtype="float32")["model.norm.weight"]
     base = stored("model.norm.weight")
     assert_nearest(found, base + 0.25 * (norm.double() - base))
+
+
+@pytest.mark.parametrize(("dtype", "form"), [("bfloat16", BF16), ("float16", FP16)])
+def test_what_nearly_cancels_is_rounded_once(dtype: str, form: Format, place: Path) -> None:
+    """Half way to what is almost -W float32 has too few bits left; the result is the exact value's nearest."""
+    name = f"{UP_PROJ}.weight"
+    base = stored(name)
+    noise = torch.randn(base.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    trained = (noise * 1e-4 - base).float()
+    save_adapter(place / "whole", {**lora(Q_PROJ), name: trained}, layers_to_transform=[0])
+    found = merged("whole", scale=0.5, dtype=dtype)[name]
+    assert torch.equal(found, rounded((base + 0.5 * (trained.double() - base)).numpy(), form))
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
@@ -679,6 +692,17 @@ def test_two_adapters_that_replace_one_tensor(options: dict[str, Any], place: Pa
         merged("n1", "n2", **options)
     found = merged("n1", "n2", output="one-of-them", **{**options, "weights": [0, 1]})
     assert torch.equal(found["model.norm.weight"], torch.full((HIDDEN,), 2.0).bfloat16())
+
+
+def test_a_tensor_replaced_in_part_has_no_other_edits(place: Path) -> None:
+    """What one adapter replaces in part, another one may not edit: the order would decide."""
+    save_adapter(
+        place / "whole", {**lora(MODULES[1]), f"{Q_PROJ}.weight": torch.ones(HIDDEN, HIDDEN)}, layers_to_transform=[0]
+    )
+    for adapters in (("whole", "two"), ("two", "whole")):
+        weights = [0.5 if name == "whole" else 1 for name in adapters]
+        with pytest.raises(loraweld.MatchError, match=r"q_proj\.weight: whole replaces it with a weight other than 1"):
+            merged(*adapters, weights=weights)
 
 
 def test_a_tensor_of_another_shape_is_taken_whole_or_not_at_all(place: Path) -> None:
