@@ -17,10 +17,14 @@ from fakes import llama_shapes, random_factors, random_tensors, write_adapter, w
 
 SOURCE = Path(loraweld.__file__).parent
 WITHOUT_TORCH = (
-    *("checkpoint", "adapter", "naming", "planning", "sinks", "export"),
+    *("checkpoint", "adapter", "combine", "naming", "planning", "sinks", "export"),
     *("gguf_types.py", "request.py", "report.py", "record.py", "inspection.py", "progress.py", "api.py", "cli.py"),
 )
-WITH_TORCH = {SOURCE / "adapter" / "pickled.py", SOURCE / "checkpoint" / "pickled.py"}
+WITH_TORCH = {
+    SOURCE / "adapter" / "pickled.py",
+    SOURCE / "checkpoint" / "pickled.py",
+    SOURCE / "combine" / "arithmetic.py",
+}
 
 
 def modules(places: tuple[str, ...]) -> list[Path]:
@@ -52,7 +56,8 @@ def test_what_plans_or_prints_never_imports_torch(path: Path) -> None:
     """No import of torch at any depth, nor, when it is loaded, of a module of ours that imports torch."""
     everywhere = names_of(path, inside_functions=True)
     assert not [name for name in everywhere if name.split(".")[0] == "torch"]
-    heavy = ("loraweld.compute", "loraweld.execute", "loraweld.adapter.pickled", "loraweld.checkpoint.pickled")
+    of_ours = ("compute", "execute", "adapter.pickled", "checkpoint.pickled", "combine.arithmetic")
+    heavy = tuple(f"loraweld.{name}" for name in of_ours)
     assert not [name for name in names_of(path, inside_functions=False) if name.startswith(heavy)]
 
 

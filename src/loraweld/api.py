@@ -58,6 +58,13 @@ def merge(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    weights: Sequence[float] | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    svd_rank: int | None = None,
+    majority_sign_method: str | None = None,
+    scale: float | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge one or more adapters into their base and write one standalone model to the folder `output`.
@@ -95,6 +102,14 @@ def merge(
         revision: branch to commit to, made if it is missing; "refs/pr/N" adds to a pull request.
         create_pr: upload as a pull request.
         commit_message: first line of the commit.
+        weights: factor of what each adapter changes, one for each, in order; None: 1 for all.
+        combine: "sum" adds what they change, exactly, and takes adapters of any kind; None: "sum". The names of PEFT's
+            `add_weighted_adapter` ("linear", "cat", "svd", "ties", …) combine LoRA adapters into one LoRA first.
+        density: share of values that "ties", "dare_…" and "magnitude_prune" keep, more than 0, at most 1.
+        seed: of the random choice of "dare_…"; None: 0.
+        svd_rank: rank of the combined adapter of "svd" and "…_svd"; None: the largest of the adapters.
+        majority_sign_method: how "ties" and "dare_ties" elect a sign, "total" or "frequency"; None: "total".
+        scale: strength: a factor of all weights; negative subtracts. None: 1.
         progress: called from any thread with the number of weight bytes that became ready.
 
     Raises:
@@ -128,6 +143,13 @@ def merge(
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,
+        weights=weights,
+        combine=combine,
+        density=density,
+        seed=seed,
+        svd_rank=svd_rank,
+        majority_sign_method=majority_sign_method,
+        scale=scale,
     )
     return merge_request(request, progress=progress or (lambda count: None))
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from loraweld._version import __version__
+from loraweld.combine.methods import COMBINE_METHODS, MAJORITY_SIGN_METHODS
 from loraweld.errors import LoraweldError, RequestError
 from loraweld.request import AS_GIVEN, DTYPES, QUANT_TYPES, MergeRequest, make_request
 from loraweld.save_methods import SAVE_METHODS
@@ -94,16 +95,9 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
             *("workers", "overwrite", "resume", "tokenizer", "gguf_type", "keep_merged"),
             *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
-            *(
-                "expert_layout",
-                "stream_base",
-                "token",
-                "push_to_hub",
-                "private",
-                "revision",
-                "create_pr",
-                "commit_message",
-            ),
+            *("expert_layout", "stream_base", "token", "push_to_hub"),
+            *("private", "revision", "create_pr", "commit_message"),
+            *("weights", "combine", "density", "seed", "svd_rank", "majority_sign_method", "scale"),
         )
     }
     for name, value in options.items():
@@ -151,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("adapter", nargs="+", metavar="ADAPTER", help="PEFT adapter, a folder or Hub id; several are summed")
+    add("adapter", nargs="+", metavar="ADAPTER", help="PEFT adapter, a folder or Hub id; several are combined")
     add("-o", "--output", metavar="OUT", help="folder for the model; it appears when complete")
     add("--base", metavar="BASE", help="base model, a folder or Hub id (default: the one the adapter names)")
     add(
@@ -200,10 +194,37 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder of the tokenizer to ship (default: the adapter's, else the base's)",
     )
+    _add_combining_arguments(parser.add_argument_group("strength, and several adapters"))
     _add_encoding_arguments(parser.add_argument_group("quantised bases and outputs"))
     _add_hub_arguments(parser.add_argument_group("the Hub"))
     add("--json", action="store_true", help="print the report as JSON on stdout")
     add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_combining_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--scale", type=float, metavar="S", help="factor of what is merged, negative subtracts (default: 1)")
+    add(
+        "--weights",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="a factor for each adapter, in order (default: 1)",
+    )
+    add(
+        "--combine",
+        metavar="METHOD",
+        help=f"{', '.join(COMBINE_METHODS)}; sum adds what the adapters change, the others are those of PEFT, for LoRA "
+        "only (default: sum)",
+    )
+    add("--density", type=float, metavar="D", help="share of values that ties, dare and magnitude_prune keep, e.g. 0.5")
+    add("--seed", type=int, metavar="N", help="of the random choice of dare (default: 0)")
+    add("--svd-rank", type=int, metavar="R", help="rank that svd methods keep (default: the largest of the adapters)")
+    add(
+        "--majority-sign-method",
+        metavar="NAME",
+        help=f"how ties elects signs: {' or '.join(MAJORITY_SIGN_METHODS)} (default: total)",
+    )
 
 
 def _add_hub_arguments(group: argparse._ArgumentGroup) -> None:

@@ -233,6 +233,7 @@ class _Work:
             output=made.output,
             base=made.base,
             adapters=made.adapters,
+            combination=made.combination,
             save_method=made.save_method,
             dtype=made.dtype,
             files=files,

@@ -35,8 +35,9 @@ def record_text(plan: MergePlan, facts: Facts) -> str:
                     "sha256": file_sha256(adapter.weights),
                     "config_sha256": file_sha256(adapter.config.path),
                 }
-                for adapter in facts.adapters
+                for adapter in facts.given
             ],
+            **({"combination": plan.combination.to_json()} if plan.combination else {}),
             "recipes": dict(plan.recipes_by_kind),
             "modules": [
                 {"adapter": m.adapter, "module": m.module, "tensor": m.tensor, "what": m.what} for m in plan.modules

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from loraweld.combine.methods import Combination
 from loraweld.hub.upload import Pushed
 from loraweld.planning.merge_plan import MergePlan, ModuleLine, OutputFile
 
@@ -59,6 +60,7 @@ class MergeReport:
     was_there: bool
     seconds: float
     pushed: Pushed | None = None
+    combination: Combination | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values: `loraweld merge --json`."""
@@ -66,6 +68,7 @@ class MergeReport:
             "output": str(self.output),
             "base": self.base,
             "adapters": list(self.adapters),
+            "combination": self.combination.to_json() if self.combination else None,
             "save_method": self.save_method,
             "dtype": self.dtype,
             "files": list(self.files),
@@ -91,7 +94,7 @@ class MergeReport:
         return [
             f"{self.output}: {human_bytes(self.bytes_written)} in {self.seconds:.1f} s ({human_bytes(int(rate))}/s)",
             *_pushed_lines(self.pushed),
-            f"base {self.base}, adapter {', '.join(self.adapters)}, {self.dtype}",
+            f"base {self.base}, adapter {_adapters(self.adapters, self.combination)}, {self.dtype}",
             f"tensors: {counts(self.recipes)}",
             *_module_lines(self.modules),
             *fidelity_lines(self.fidelity),
@@ -168,7 +171,8 @@ def _module_lines(modules: Sequence[ModuleLine]) -> list[str]:
 def plan_lines(made: MergePlan) -> list[str]:
     """Return a plan for a person."""
     return [
-        f"base {made.base}, adapter {', '.join(made.adapters)} → {made.output} ({made.save_method}, {made.dtype})",
+        f"base {made.base}, adapter {_adapters(made.adapters, made.combination)} → {made.output} "
+        f"({made.save_method}, {made.dtype})",
         *map(_file_line, made.files),
         f"tensors: {counts(dict(made.recipes_by_kind))}",
         *_module_lines(made.modules),
@@ -177,6 +181,14 @@ def plan_lines(made: MergePlan) -> list[str]:
         f"peak memory about {human_bytes(made.peak_memory_bytes)} with {made.workers} workers",
         *(f"note: {note}" for note in made.notes),
     ]
+
+
+def _adapters(names: Sequence[str], combination: Combination | None) -> str:
+    """Return "a × 0.7, b × 0.3 (ties, density 0.5)"; of adapters that are only added their names."""
+    if combination is None:
+        return ", ".join(names)
+    weighed = (f"{name} × {weight:g}" for name, weight in zip(names, combination.weights, strict=True))
+    return f"{', '.join(weighed)} ({combination})"
 
 
 def _file_line(file: OutputFile) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.encodings.bnb4 import BLOCKSIZES
+from loraweld.combine.methods import Combination, make_combination
 from loraweld.errors import OutputError, RequestError
 from loraweld.gguf_types import parse_quantization
 from loraweld.hub.target import HubTarget, parse_target
@@ -39,10 +40,12 @@ class MergeRequest:
 
     `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
     the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
-    `keeps_output` the output is then only the name beside which files are staged.
+    `keeps_output` the output is then only the name beside which files are staged. `combination`: how the adapters act
+    together, and how strongly.
     """
 
     adapters: tuple[Path, ...]
+    combination: Combination
     output: Path
     base: str | None
     save_method: str
@@ -103,6 +106,13 @@ def make_request(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    weights: Sequence[float] | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    svd_rank: int | None = None,
+    majority_sign_method: str | None = None,
+    scale: float | None = None,
 ) -> MergeRequest:
     """Check the options and return them as one value.
 
@@ -130,9 +140,20 @@ def make_request(
     hub = _hub(push_to_hub, token, private=private, revision=revision, create_pr=create_pr, message=commit_message)
     if output is None and hub is None:
         raise RequestError("no output was given; expected a folder (-o OUT), or a repository (--push-to-hub)")
+    combination = make_combination(
+        len(adapters),
+        weights=weights,
+        combine=combine,
+        density=density,
+        seed=seed,
+        svd_rank=svd_rank,
+        majority_sign_method=majority_sign_method,
+        scale=scale,
+    )
     folded, _, quantized_base = merge_base.partition(":")
     return MergeRequest(
         adapters=tuple(Path(path) for path in adapters),
+        combination=combination,
         output=_output(Path(output)) if output is not None else _staged_for(hub, method),
         base=None if base is None else os.fspath(base),
         save_method=method,

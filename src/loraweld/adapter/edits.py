@@ -9,7 +9,8 @@ PEFT chains several adapters; norms and decompositions are always those of the u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from loraweld.checkpoint.stored import StoredTensor
@@ -160,4 +161,69 @@ class OnRows:
         return self.edit.refs
 
 
-Edit = LowRank | Dora | Residual | AddVector | ReplaceRows | GrowRows | OnRows
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaceAll:
+    """The tensor takes the values of another one of its shape: what is inside `Weighted` for a trained tensor."""
+
+    kind: ClassVar[str] = "replaced"
+    values: StoredTensor
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return (self.values,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighted:
+    """W ← W + weight · (W′ − W), where W′ is what `edits`, one after the other, make of W.
+
+    Between 0 and 1 it lies on the line from W without to W with the edits, below 0 on the other side of W.
+    """
+
+    kind: ClassVar[str] = "weighted"
+    edits: tuple[Edit, ...]
+    weight: float
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return tuple(ref for edit in self.edits for ref in edit.refs)
+
+    @property
+    def replaces(self) -> bool:
+        """True if W′ is a trained tensor as a whole."""
+        return any(isinstance(edit, ReplaceAll) for edit in self.edits)
+
+
+Edit = LowRank | Dora | Residual | AddVector | ReplaceRows | GrowRows | ReplaceAll | Weighted | OnRows
+
+
+def weighed(edits: Sequence[Edit], weight: float) -> tuple[Edit, ...]:
+    """Return edits that change a tensor by `weight` times what `edits`, as a whole, change it by.
+
+    A plain addition has the weight in its scaling; any other edit is wrapped.
+    """
+    if weight == 1 or not edits:
+        return tuple(edits)
+    scaled = [edit for edit in (_scaled(edit, weight) for edit in edits) if edit is not None]
+    return tuple(scaled) if len(scaled) == len(edits) else (Weighted(edits=tuple(edits), weight=weight),)
+
+
+def _scaled(edit: Edit, weight: float) -> Edit | None:
+    """Return a plain addition with the weight in its scaling, None if the edit is none."""
+    match edit:
+        case LowRank() | AddVector():
+            return replace(edit, scaling=weight * edit.scaling)
+        case OnRows():
+            inner = _scaled(edit.edit, weight)
+            return None if inner is None else replace(edit, edit=inner)
+        case _:
+            return None
+
+
+def unwrapped(edits: Iterable[Edit]) -> Iterator[Edit]:
+    """Yield the edits themselves, whatever their weights."""
+    for edit in edits:
+        if isinstance(edit, Weighted):
+            yield from unwrapped(edit.edits)
+        else:
+            yield edit

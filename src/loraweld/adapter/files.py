@@ -38,7 +38,7 @@ class Adapter:
     """One adapter: `modules` maps module path → part → tensor; `parameters` maps parameter name → tensor.
 
     `weights` is the file as found, `safetensors` its form that is read. `untrained` are the tensors that play
-    no part in the result (see `keys`).
+    no part in the result (see `keys`). `weight` is the factor of what it changes.
     """
 
     folder: Path
@@ -50,6 +50,7 @@ class Adapter:
     untrained: tuple[StoredTensor, ...]
     scratch: Scratch | None = field(repr=False, compare=False)
     name: str | None = None
+    weight: float = 1.0
 
     @property
     def label(self) -> str:

@@ -7,17 +7,29 @@ A kernel belongs to one tensor and serves all threads; a span is what one thread
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraweld.adapter.edits import AddVector, Dora, Edit, GrowRows, LowRank, OnRows, ReplaceRows, Residual
+from loraweld.adapter.edits import (
+    AddVector,
+    Dora,
+    Edit,
+    GrowRows,
+    LowRank,
+    OnRows,
+    ReplaceAll,
+    ReplaceRows,
+    Residual,
+    Weighted,
+)
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
-from loraweld.compute.codecs.decoder import open_decoder
+from loraweld.compute.codecs.decoder import Rows, open_decoder
 from loraweld.compute.factors import Factors, Left, decompose
 from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
 from loraweld.compute.tiles import TileGrid
@@ -68,6 +80,10 @@ def make_kernel(edit: Edit, source: Source, reader: Reader) -> Kernel:
             return GrowRowsKernel(source, reader)
         case OnRows():
             return OnRowsKernel(edit, source, reader)
+        case ReplaceAll():
+            return ReplaceAllKernel(edit, reader)
+        case Weighted():
+            return WeightedKernel(edit, source, reader)
 
 
 class LowRankKernel:
@@ -287,3 +303,65 @@ class GrowRowsKernel:
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
         return np.where(rows_K >= self._first, self._mean.numpy()[cols_K], values_K)
+
+
+class ReplaceAllKernel:
+    """All rows take the values of another tensor."""
+
+    def __init__(self, edit: ReplaceAll, reader: Reader) -> None:
+        self._decoder = open_decoder(edit.values, reader)
+
+    def span(self, start: int, stop: int) -> ReplaceAllSpan:
+        return ReplaceAllSpan(self._decoder.rows(start, stop))
+
+
+class ReplaceAllSpan:
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
+        tile_nC.copy_(self._rows.read(top, top + len(tile_nC)))
+        return 0.0
+
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        values_K = values_K.copy()
+        for row in np.unique(rows_K):
+            here = rows_K == row
+            values_K[here] = self._rows.read(int(row), int(row) + 1)[0].double().numpy()[cols_K[here]]
+        return values_K
+
+
+class WeightedKernel:
+    """W += weight · (W′ − W), with W′ made by other kernels; what they leave alone stays as it is, to the bit."""
+
+    def __init__(self, edit: Weighted, source: Source, reader: Reader) -> None:
+        self._kernels = [make_kernel(inner, source, reader) for inner in edit.edits]
+        self._weight = edit.weight
+
+    def span(self, start: int, stop: int) -> WeightedSpan | None:
+        spans = [span for kernel in self._kernels if (span := kernel.span(start, stop)) is not None]
+        return WeightedSpan(spans, self._weight) if spans else None
+
+
+class WeightedSpan:
+    def __init__(self, spans: Sequence[Span], weight: float) -> None:
+        self._spans = spans
+        self._weight = weight
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
+        changed_nC, inner_error = tile_nC.clone(), error
+        for span in self._spans:
+            inner_error = span.apply(changed_nC, base_nC, top, inner_error)
+        # Of a difference float32 has lost what its terms were rounded by, however small it is itself.
+        largest = float(changed_nC.abs().max()) if changed_nC.numel() else 0.0
+        difference_nC = changed_nC.sub_(tile_nC)
+        step = float(difference_nC.abs().max()) if difference_nC.numel() else 0.0
+        tile_nC.add_(difference_nC, alpha=self._weight)
+        terms = (largest + step) * 4 * FLOAT32_ERROR if step else 0.0
+        return abs(1 - self._weight) * error + abs(self._weight) * (inner_error + terms)
+
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        changed_K = values_K
+        for span in self._spans:
+            changed_K = span.exact(changed_K, rows_K, cols_K)
+        return values_K + self._weight * (changed_K - values_K)

@@ -8,15 +8,14 @@ from pathlib import Path
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.stored import MemoryFile
-from loraweld.errors import MatchError, listing
 from loraweld.naming.roles import is_output_embedding
 from loraweld.planning.changes import Resolved, combine_claims, resolve_ties
-from loraweld.planning.claims import Claim, ClaimFinder
+from loraweld.planning.claims import Claim
 from loraweld.planning.companions import companion_files, tokenizer_size
-from loraweld.planning.completeness import check_completeness
 from loraweld.planning.disk import free_bytes
 from loraweld.planning.encode import EncodedOutput, encode_output
 from loraweld.planning.facts import Facts
+from loraweld.planning.fit import fitting_claims
 from loraweld.planning.layout import SHARD_BYTES, index_file, keep_layout, repack
 from loraweld.planning.memory import plan_memory
 from loraweld.planning.merge_plan import MergePlan, ModuleLine, WeightFile
@@ -42,9 +41,10 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     Raises:
         LoraweldError: adapter and base do not fit, or the output place cannot be used.
     """
-    base, adapters = facts.base, facts.adapters
-    check_output(request, [base.folder, *(adapter.folder for adapter in adapters)])
-    claims = _claims(facts, request.expert_layout)
+    base = facts.base
+    adapters = [adapter for adapter in facts.given if adapter.weight]
+    check_output(request, [base.folder, *(adapter.folder for adapter in facts.given)])
+    claims = fitting_claims(base, facts.adapters, facts.ties, expert_layout=request.expert_layout)
     resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors)
     check_ties_known(base, resolved.changes)
     check_shared_known(base, resolved.changes)
@@ -61,7 +61,8 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     memory = plan_memory(request, recipes)
     return MergePlan(
         base=base.label,
-        adapters=tuple(adapter.label for adapter in adapters),
+        adapters=tuple(adapter.label for adapter in facts.given),
+        combination=None if request.combination.is_plain else request.combination,
         output=request.output,
         save_method=request.save_method,
         dtype=dtype,
@@ -80,9 +81,9 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         ),
         inputs=(
             *(file.path for file in base.files if not isinstance(file, MemoryFile)),
-            *(adapter.weights for adapter in adapters),
+            *(adapter.weights for adapter in facts.given),
         ),
-        scratch=(*adapters, base.scratch),
+        scratch=(*facts.adapters, base.scratch),
         item_bytes=memory.item_bytes,
         workers=memory.workers,
         peak_memory_bytes=memory.peak_bytes,
@@ -118,22 +119,6 @@ def _config_edits(
         untie=any(is_output_embedding(tie.target) for tie in resolved.untied),
         task=task,
     )
-
-
-def _claims(facts: Facts, expert_layout: str) -> list[Claim]:
-    claims: list[Claim] = []
-    problems: list[str] = []
-    for adapter in facts.adapters:
-        finder = ClaimFinder(facts.base, adapter, facts.ties, expert_layout=expert_layout)
-        finder.find()
-        claims += finder.claims
-        problems += finder.problems or check_completeness(facts.base, adapter, finder.claims, facts.ties)
-    if problems:
-        raise MatchError(
-            f"adapter and base {facts.base.label} do not fit; nothing was written:\n{listing(problems)}\n"
-            "Was the adapter trained on another base? Give the right one with --base"
-        )
-    return claims
 
 
 def _tokens_needed(folders: Sequence[Path]) -> int | None:

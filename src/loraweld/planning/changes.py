@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, ReplaceRows
+from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, ReplaceAll, ReplaceRows, Weighted, unwrapped
 from loraweld.adapter.values import same_values, same_values_transposed
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.stored import StoredTensor
@@ -46,7 +46,8 @@ def combine_claims(claims: Sequence[Claim]) -> dict[str, Change]:
     changes: dict[str, Change] = {}
     owners: dict[str, Path] = {}
     problems: list[str] = []
-    for claim in sorted(claims, key=lambda claim: claim.replacement is None):
+    acting = [claim for claim in claims if not claim.aside]
+    for claim in sorted(acting, key=lambda claim: claim.replacement is None):
         change = changes.setdefault(claim.name, Change(name=claim.name))
         if claim.replacement is None:
             if change.replacement and not change.is_copy and owners[claim.name] != claim.owner:
@@ -59,16 +60,34 @@ def combine_claims(claims: Sequence[Claim]) -> dict[str, Change]:
             problems.append(f"{claim.name}: {owners[claim.name]} and {claim.owner} replace it differently")
     for change in changes.values():
         for what in _contradictions(change):
-            editors = dict.fromkeys(claim.adapter for claim in claims if claim.name == change.name and claim.edits)
+            editors = dict.fromkeys(claim.adapter for claim in acting if claim.name == change.name and claim.edits)
             problems.append(f"{change.name}: {', '.join(editors)} {what}")
+    problems += _shared_in_part(acting)
     if problems:
         raise MatchError(f"the adapters contradict each other:\n{listing(problems)}\nMerge them one by one")
     return changes
 
 
+def _shared_in_part(claims: Sequence[Claim]) -> list[str]:
+    """Tensors that an adapter replaces with a weight other than 1, and another one changes too."""
+    by_name: dict[str, list[Claim]] = {}
+    for claim in claims:
+        by_name.setdefault(claim.name, []).append(claim)
+    problems = []
+    for name, found in by_name.items():
+        in_part = [claim for claim in found if any(isinstance(e, Weighted) and e.replaces for e in claim.edits)]
+        if in_part and (len(in_part) > 1 or any(claim.owner != in_part[0].owner for claim in found)):
+            names = ", ".join(dict.fromkeys(claim.adapter for claim in found))
+            problems.append(
+                f"{name}: {in_part[0].adapter} replaces it with a weight other than 1, then no other adapter may "
+                f"change it; of {names} give one the weight 1, the others 0"
+            )
+    return problems
+
+
 def _contradictions(change: Change) -> list[str]:
     """Edits of one tensor that were made for different numbers of rows, or for the same token."""
-    deltas = [edit.delta if isinstance(edit, Dora) else edit for edit in change.edits]
+    deltas = [edit.delta if isinstance(edit, Dora) else edit for edit in unwrapped(change.edits)]
     rows = {edit.num_rows for edit in deltas if isinstance(edit, LowRank)}  # not those of parts of a tensor
     rows |= {change.replacement.rows} if change.replacement and rows else set()
     tokens = Counter(index for edit in deltas if isinstance(edit, ReplaceRows) for index in edit.indices)
@@ -119,7 +138,7 @@ def _stays_tied(changes: dict[str, Change], tie: Tie, stored: Source) -> bool:
         return True
     target = changes.setdefault(tie.target, Change(name=tie.target))
     if source is not None and target.replacement is None and _only_token_rows(source):
-        if not any(isinstance(edit, ReplaceRows) for edit in target.edits):
+        if not any(isinstance(edit, ReplaceRows) for edit in unwrapped(target.edits)):
             target.edits[:0] = source.edits  # the other side of the tie has the trained rows below its own edits
     if source is not None and source.replacement is not None and target.replacement is None:
         if source.is_copy:
@@ -128,7 +147,7 @@ def _stays_tied(changes: dict[str, Change], tie: Tie, stored: Source) -> bool:
 
 
 def _only_token_rows(change: Change) -> bool:
-    return change.replacement is None and all(isinstance(edit, ReplaceRows) for edit in change.edits)
+    return change.replacement is None and all(isinstance(edit, ReplaceRows) for edit in unwrapped(change.edits))
 
 
 def _is_resized(change: Change, stored: Source) -> bool:
@@ -148,6 +167,11 @@ def _same_edit(one: Edit, other: Edit) -> bool:
     match one, other:
         case ReplaceRows(), ReplaceRows():
             return one.indices == other.indices and same_values(one.rows, other.rows)
+        case ReplaceAll(), ReplaceAll():
+            return same_values(one.values, other.values)
+        case Weighted(), Weighted():
+            same = one.weight == other.weight and len(one.edits) == len(other.edits)
+            return same and all(map(_same_edit, one.edits, other.edits))
         case AddVector(), AddVector():
             return one.scaling == other.scaling and same_values(one.values, other.values)
         case LowRank(), LowRank() if one.scaling == other.scaling:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, OnRows, ReplaceRows
+from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, OnRows, ReplaceRows, Weighted
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.stored import StoredTensor
@@ -39,7 +39,7 @@ class Claim:
 
     `owner` is the adapter's folder (two may have one name), `keys` its tensors that are consumed. `is_new`: the
     base does not store `name`. `is_copy`: the replacement is PEFT's copy of the layer it wrapped, which further
-    edits then act on.
+    edits then act on. `aside`: why the claim, which fits, changes nothing.
     """
 
     adapter: str
@@ -51,10 +51,13 @@ class Claim:
     is_copy: bool = False
     replacement: StoredTensor | None = None
     edits: tuple[Edit, ...] = ()
+    aside: str = ""
 
     @property
     def what(self) -> str:
         """A few words for the report: the method with its rank and scaling."""
+        if self.aside:
+            return self.aside
         if self.replacement is not None:
             return "new tensor" if self.is_new else "replaced"
         return ", ".join(dict.fromkeys(_words(edit) for edit in self.edits))
@@ -70,6 +73,8 @@ def _words(edit: Edit) -> str:
             return f"{len(edit.indices)} token rows"
         case OnRows():
             return _words(edit.edit)
+        case Weighted():
+            return f"{', '.join(map(_words, edit.edits))} × {edit.weight:g}"
         case _:
             return edit.kind
 

@@ -11,8 +11,11 @@ from loraweld.checkpoint.base import Base, open_base
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.hub import locate_adapter, locate_base, stream_base
 from loraweld.checkpoint.stored import StoredTensor, same_bytes
+from loraweld.combine.adapter import combined_adapter
 from loraweld.errors import RequestError, listing
 from loraweld.naming.tied import Tie, find_ties, known_ties
+from loraweld.planning.fit import fitting_claims
+from loraweld.planning.paths import check_output
 from loraweld.planning.trained_base import as_given_notes, requantised_base
 from loraweld.request import QUANTIZED_FROM, MergeRequest
 
@@ -21,11 +24,13 @@ from loraweld.request import QUANTIZED_FROM, MergeRequest
 class Facts:
     """The base, the adapters, and which parameters of the base share a tensor.
 
+    `given` are the adapters as asked for, `adapters` those that are merged: the same, or the one they were combined to.
     `twins` are those of the ties whose values are stored under both names: they stay so.
     """
 
     base: Base
     adapters: tuple[Adapter, ...]
+    given: tuple[Adapter, ...]
     ties: tuple[Tie, ...]
     twins: tuple[Tie, ...] = ()
     notes: tuple[str, ...] = ()
@@ -37,22 +42,36 @@ def gather_facts(request: MergeRequest) -> Facts:
     Raises:
         LoraweldError: something is missing, damaged or of an unknown kind.
     """
-    adapters = tuple(open_named_adapter(path, request) for path in request.adapters)
-    name, revision = (request.base, None) if request.base is not None else _named_base(adapters)
+    adapters = open_adapters(request)
+    name, revision = named_base(request, adapters)
     locate = stream_base if request.stream_base else locate_base
     located = locate(name, revision=revision, token=request.token)
     base = open_base(located.folder, label=located.label, commit=located.commit, scratch=located.scratch)
-    return facts_of(request, base, adapters)
+    facts = facts_of(request, base, adapters)
+    return _combined(request, facts, (name, revision)) if request.combination.makes_adapter else facts
 
 
-def open_named_adapter(path: Path, request: MergeRequest) -> Adapter:
-    """Open an adapter, a folder or one of the Hub.
+def _combined(request: MergeRequest, facts: Facts, base: tuple[str, str | None]) -> Facts:
+    """Return the facts with the adapters made one. That may take long, so what can be refused before is."""
+    check_output(request, [facts.base.folder, *(adapter.folder for adapter in facts.given)])
+    fitting_claims(facts.base, [replace(adapter, weight=1.0) for adapter in facts.given], facts.ties)
+    return replace(facts, adapters=(combined_adapter(facts.given, request.combination, base=base),))
+
+
+def open_adapters(request: MergeRequest) -> tuple[Adapter, ...]:
+    """Open the adapters, folders or those of the Hub, each with its weight.
 
     Raises:
-        LoraweldError: it is missing, damaged or of an unknown kind.
+        LoraweldError: one is missing, damaged or of an unknown kind.
     """
+    weights = request.combination.weights
+    return tuple(_open(path, weight, request) for path, weight in zip(request.adapters, weights, strict=True))
+
+
+def _open(path: Path, weight: float, request: MergeRequest) -> Adapter:
     located = locate_adapter(path, token=request.token)
-    return open_adapter(located.folder, label=located.label if located.commit else None)
+    adapter = open_adapter(located.folder, label=located.label if located.commit else None)
+    return replace(adapter, weight=weight)
 
 
 def facts_of(request: MergeRequest, base: Base, adapters: tuple[Adapter, ...]) -> Facts:
@@ -67,7 +86,7 @@ def facts_of(request: MergeRequest, base: Base, adapters: tuple[Adapter, ...]) -
     else:
         notes = as_given_notes(base, adapters)
     ties = find_ties(base.tensors, base.config)
-    return Facts(base=base, adapters=adapters, ties=ties, twins=twins, notes=tuple(notes))
+    return Facts(base=base, adapters=adapters, given=adapters, ties=ties, twins=twins, notes=tuple(notes))
 
 
 def _stored_once(base: Base) -> tuple[Base, tuple[Tie, ...]]:
@@ -93,8 +112,14 @@ def _is_equal(one: Source, other: Source) -> bool:
     return one.place == other.place or same_bytes(one, other)
 
 
-def _named_base(adapters: Sequence[Adapter]) -> tuple[str, str | None]:
-    """Return the base and the revision that all adapters name."""
+def named_base(request: MergeRequest, adapters: Sequence[Adapter]) -> tuple[str, str | None]:
+    """Return the base that was asked for, else the base and the revision that all adapters name.
+
+    Raises:
+        RequestError: they name none, or different ones.
+    """
+    if request.base is not None:
+        return request.base, None
     named = {(adapter.config.base, adapter.config.revision) for adapter in adapters}
     if len(named) > 1:
         found = listing(f"{a.label}: {a.config.base} {a.config.revision or ''}" for a in adapters)

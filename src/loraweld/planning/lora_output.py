@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from loraweld.adapter.config import CONFIG_NAME
 from loraweld.adapter.files import SAFE_NAME
+from loraweld.combine.adapter import combined_adapter
 from loraweld.errors import RequestError
 from loraweld.planning.companions import override_files
 from loraweld.planning.disk import free_bytes
-from loraweld.planning.facts import open_named_adapter
+from loraweld.planning.facts import named_base, open_adapters
 from loraweld.planning.memory import LIBRARY_BYTES
 from loraweld.planning.merge_plan import MergePlan, SmallFile
 from loraweld.planning.paths import check_output
@@ -15,27 +16,37 @@ from loraweld.request import MergeRequest
 
 
 def plan_lora(request: MergeRequest) -> MergePlan:
-    """Plan a checked copy of one adapter; a pickled one becomes safetensors.
+    """Plan a checked copy of one adapter; a pickled one becomes safetensors. Several are combined to one first.
 
     Raises:
-        RequestError: several adapters, or an option that only a merge has.
+        RequestError: several adapters that are to be summed, a strength, or an option that only a merge has.
         AdapterError: the adapter is damaged or of a kind that cannot be merged.
     """
-    if len(request.adapters) != 1:
-        raise RequestError("save_method lora writes one adapter; merge several with merged_16bit")
+    combination = request.combination
+    if len(request.adapters) != 1 and not combination.makes_adapter:
+        raise RequestError(
+            "save_method lora writes one adapter; combine several to one (combine cat is their sum), or merge "
+            "them with merged_16bit"
+        )
+    if not combination.makes_adapter and not combination.is_plain:
+        raise RequestError("weights and scale have no effect with save_method lora and one adapter; leave them out")
     if request.dtype != "auto" or request.max_shard_bytes is not None:
         raise RequestError("dtype and max_shard_size have no effect with save_method lora; leave them out")
-    adapter = open_named_adapter(request.adapters[0], request)
-    check_output(request, [adapter.folder])
+    given = open_adapters(request)
+    check_output(request, [adapter.folder for adapter in given])
+    adapter = given[0]
+    if combination.makes_adapter:
+        adapter = combined_adapter(given, combination, base=named_base(request, given))
     files = [
         SmallFile(name=CONFIG_NAME, source=adapter.config.path),
         SmallFile(name=SAFE_NAME, source=adapter.safetensors),
     ]
-    tokenizer = request.tokenizer or adapter.folder
+    tokenizer = request.tokenizer or given[-1].folder
     files += [SmallFile(name=p.relative_to(tokenizer).as_posix(), source=p) for p in override_files(tokenizer)]
     return MergePlan(
         base=adapter.config.base or "",
-        adapters=(adapter.label,),
+        adapters=tuple(adapter.label for adapter in given),
+        combination=None if combination.is_plain else combination,
         output=request.output,
         save_method=request.save_method,
         dtype="auto",
@@ -43,7 +54,7 @@ def plan_lora(request: MergeRequest) -> MergePlan:
         small=tuple(files),
         modules=(),
         notes=(),
-        inputs=(adapter.weights,),
+        inputs=tuple(adapter.weights for adapter in given),
         scratch=(adapter,),
         item_bytes=0,
         workers=1,

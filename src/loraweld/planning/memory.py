@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loraweld.adapter.edits import Dora, Edit, LowRank, OnRows, Residual
+from loraweld.adapter.edits import Dora, Edit, LowRank, OnRows, Residual, Weighted, unwrapped
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor
 from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
 from loraweld.checkpoint.remote import CACHE_BYTES, REQUEST_BYTES
@@ -69,15 +69,15 @@ def _largest_matrix(recipes: Iterable[Recipe]) -> tuple[int, str]:
     needs = [
         (4 * 4 * recipe.source.rows * recipe.source.cols, recipe.name)
         for recipe in recipes
-        if any(isinstance(edit, Residual) for edit in recipe.edits)
+        if any(isinstance(edit, Residual) for edit in unwrapped(recipe.edits))
     ]
     return max(needs, default=(0, max((r.name for r in recipes), key=len, default="")))
 
 
 def _factor_bytes(recipe: Recipe) -> int:
     """Float32 factors of a recipe: the side along the columns whole, the other for one item's rows."""
-    parts = [edit for edit in recipe.edits if isinstance(edit, OnRows)]
-    whole = sum(_side_bytes(edit, recipe) for edit in recipe.edits if not isinstance(edit, OnRows))
+    parts = [edit for edit in unwrapped(recipe.edits) if isinstance(edit, OnRows)]
+    whole = sum(_side_bytes(edit, recipe) for edit in unwrapped(recipe.edits) if not isinstance(edit, OnRows))
     if not parts:
         return whole
     # Of the parts, as many are loaded as an item's rows touch.
@@ -103,14 +103,20 @@ def tile_height(num_cols: int, unit_rows: int = 1) -> int:
 
 
 def _tile_bytes(recipe: Recipe) -> int:
-    """Scratch of one step: float32 values, a second copy, and flags; more copies where codes are unpacked or made."""
+    """Scratch of one step: float32 values, a second copy, and flags; more copies where codes are unpacked or made.
+
+    An edit with a weight has the rows without and with it, and their difference.
+    """
     unit = recipe.encoding.unit_rows(recipe.shape) if recipe.encoding and recipe.is_encoded else 1
     elements = max(TILE_ELEMENTS, tile_height(recipe.source.cols, unit) * recipe.source.cols)
     decoding = isinstance(recipe.source, EncodedTensor | RequantisedTensor)
     codes = min(ITEM_BYTES, recipe.source.codes.num_bytes) if isinstance(recipe.source, EncodedTensor) else 0
     # A weight that is quantised on the way has its block scales in memory, twice in float32.
     scales = 2 * 4 * math.prod(recipe.shape) // 32 if isinstance(recipe.source, RequantisedTensor) else 0
-    return (12 + 16 * decoding + 16 * recipe.is_encoded) * elements + codes + scales + _held_bytes(recipe)
+    in_part = any(isinstance(edit, Weighted) for edit in recipe.edits)
+    return (
+        (12 + 16 * decoding + 16 * recipe.is_encoded + 12 * in_part) * elements + codes + scales + _held_bytes(recipe)
+    )
 
 
 def _held_bytes(recipe: Recipe) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from loraweld.adapter.edits import Edit
 from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, RequantisedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
+from loraweld.combine.methods import Combination
 from loraweld.dtypes import num_bytes
 
 RECORD_NAME = "loraweld.json"
@@ -29,11 +30,15 @@ def _key(tensor: Source) -> tuple[object, ...]:
 
 
 def _edit_key(edit: Edit) -> tuple[object, ...]:
-    values = (getattr(edit, item.name) for item in fields(edit))
-    return edit.kind, *(
-        _key(value) if isinstance(value, StoredTensor) else _edit_key(value) if isinstance(value, Edit) else value
-        for value in values
-    )
+    return edit.kind, *(_value_key(getattr(edit, item.name)) for item in fields(edit))
+
+
+def _value_key(value: object) -> object:
+    if isinstance(value, StoredTensor):
+        return _key(value)
+    if isinstance(value, Edit):
+        return _edit_key(value)
+    return tuple(map(_value_key, value)) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +208,7 @@ class ModuleLine:
 class MergePlan:
     """Everything a merge does: output files and their recipes, in order.
 
+    `combination` says how the adapters act together, None if each acts as it was trained and all are added.
     `inputs` are the weight files that are read; a resumed run checks that they are still the same. `scratch`
     keeps alive what recipes read from beside them (an unpickled adapter), and nothing else.
     """
@@ -223,6 +229,7 @@ class MergePlan:
     peak_memory_bytes: int
     free_disk_bytes: int
     export: Export | None = None
+    combination: Combination | None = None
 
     @property
     def recipes(self) -> Iterator[Recipe]:
@@ -304,6 +311,8 @@ class MergePlan:
                 digest.update(repr(values).encode())
         for small in self.small:
             digest.update(repr((small.name, small.text)).encode())
+        if self.combination is not None:
+            digest.update(repr(self.combination.to_json()).encode())
         if self.export is not None:
             digest.update(repr((self.export.name, self.export.types, self.export.keeps_merged)).encode())
         return digest.hexdigest()
@@ -313,6 +322,7 @@ class MergePlan:
         return {
             "base": self.base,
             "adapters": list(self.adapters),
+            "combination": self.combination.to_json() if self.combination else None,
             "output": str(self.output),
             "save_method": self.save_method,
             "dtype": self.dtype,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from loraweld.adapter.edits import Edit, GrowRows, OnRows
+from loraweld.adapter.edits import Edit, GrowRows, OnRows, unwrapped
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.checkpoint.stored import StoredTensor
@@ -76,7 +76,7 @@ def _recipe(name: str, stored: Source, change: Change | None, dtype: str) -> Rec
 
 def _as_edited(source: Source, edits: Sequence[Edit]) -> Source:
     """A stack of experts is edited as one matrix of all their rows; a convolution's rows are its outputs."""
-    on_rows = any(isinstance(edit, OnRows) for edit in edits)
+    on_rows = any(isinstance(edit, OnRows) for edit in unwrapped(edits))
     return source.as_matrix() if isinstance(source, StoredTensor) and on_rows else source
 
 
