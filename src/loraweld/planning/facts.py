@@ -13,6 +13,7 @@ from loraweld.checkpoint.hub import locate_adapter, locate_base, stream_base
 from loraweld.checkpoint.stored import StoredTensor, same_bytes
 from loraweld.errors import RequestError, listing
 from loraweld.naming.tied import Tie, find_ties, known_ties
+from loraweld.planning.replication import replicated_base
 from loraweld.planning.trained_base import as_given_notes, requantised_base
 from loraweld.request import QUANTIZED_FROM, MergeRequest
 
@@ -66,8 +67,9 @@ def facts_of(request: MergeRequest, base: Base, adapters: tuple[Adapter, ...]) -
         base, *notes = requantised_base(request, base, adapters)
     else:
         notes = as_given_notes(base, adapters)
+    base, replicated = replicated_base(request, base, adapters)
     ties = find_ties(base.tensors, base.config)
-    return Facts(base=base, adapters=adapters, ties=ties, twins=twins, notes=tuple(notes))
+    return Facts(base=base, adapters=adapters, ties=ties, twins=twins, notes=(*notes, *replicated))
 
 
 def _stored_once(base: Base) -> tuple[Base, tuple[Tie, ...]]:
