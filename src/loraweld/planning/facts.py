@@ -62,7 +62,7 @@ def facts_of(request: MergeRequest, base: Base, adapters: tuple[Adapter, ...]) -
     Raises:
         LoraweldError: a base that the request would have taken to another form cannot be.
     """
-    base, twins = _stored_once(base)
+    base, twins = stored_once(base)
     if request.merge_base == QUANTIZED_FROM:
         base, *notes = requantised_base(request, base, adapters)
     else:
@@ -72,7 +72,7 @@ def facts_of(request: MergeRequest, base: Base, adapters: tuple[Adapter, ...]) -
     return Facts(base=base, adapters=adapters, ties=ties, twins=twins, notes=(*notes, *replicated))
 
 
-def _stored_once(base: Base) -> tuple[Base, tuple[Tie, ...]]:
+def stored_once(base: Base) -> tuple[Base, tuple[Tie, ...]]:
     """Leave out the second name of a tied parameter where both stand for the same values; return those stored twice.
 
     Then the tie is seen, and what the adapter does to either side counts as in a base that stores it once. In a pickle
