@@ -130,8 +130,6 @@ def _patterns(modules: Sequence[ExtractedModule], rank: int) -> dict[str, int]:
 
 
 def _task(config: Mapping[str, Any]) -> str | None:
-    """The task that gives PEFT's wrapper the model's `generate`; others would bring their own modules to save."""
+    """The task of a language model; those of others would bring modules to save, or inputs that not all models have."""
     name = str(next(iter(config.get("architectures") or ()), ""))
-    if name.endswith(("ForCausalLM", "LMHeadModel")) and config.get("model_type") != "bert":
-        return "CAUSAL_LM"
-    return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") and "decoder_start_token_id" in config else None
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
