@@ -434,6 +434,14 @@ def test_what_no_adapter_can_hold_is_refused(case: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
 
 
+def test_another_config_is_said(tmp_path: Path) -> None:
+    """What the tuned model has in its config does not come back with an adapter."""
+    save_llama(tmp_path / "base", torch.float32, rope_theta=1e4, use_cache=True)
+    tuned_llama(tmp_path / "tuned", {f"{Q_PROJ}.weight": noise(16, 16)}, rope_theta=1e6, use_cache=False)
+    (note,) = extracted(tmp_path).notes
+    assert note.endswith("these are not the base's: rope_theta")
+
+
 def test_infinite_weights_are_named(tmp_path: Path) -> None:
     """A damaged model gives no adapter, and leaves nothing staged."""
     save_llama(tmp_path / "base", torch.float32)
@@ -519,6 +527,20 @@ def test_a_failed_write_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OutputError, match="No space left"):
         extracted(place, overwrite=True)
     assert contents(place) == before
+
+
+def test_an_interrupt_leaves_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 130, and what was staged is gone: there is nothing to continue."""
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loraweld.extraction.extract.truncate", interrupted)
+    assert command(EXTRACT) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert sorted(path.name for path in place.iterdir()) == ["base", "tuned"]
 
 
 def test_the_tokenizer_of_the_tuned_model_goes_along(place: Path) -> None:

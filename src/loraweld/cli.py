@@ -88,8 +88,11 @@ def _extract(arguments: argparse.Namespace) -> None:
     from loraweld.extraction.extract import extract_request
     from loraweld.progress import show_progress
 
-    with show_progress(quiet=arguments.quiet or arguments.json) as shown:
-        report = extract_request(request, progress=shown.advance, on_plan=shown.begin)
+    try:
+        with show_progress(quiet=arguments.quiet or arguments.json) as shown:
+            report = extract_request(request, progress=shown.advance, on_plan=shown.begin)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))
     elif not arguments.quiet:

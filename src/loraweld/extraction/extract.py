@@ -28,6 +28,11 @@ from loraweld.request import PathLike
 from loraweld.sinks.folder import TAKEN, FolderSink, open_folder_sink, staging_folder
 
 Progress = Callable[[int], None]
+# Keys of a config that do not change what the model computes, or that a merge sets from the tensors.
+_NOT_OF_THE_FUNCTION = frozenset(
+    {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+    | {"quantization_config", "compression_config", "vocab_size", "tie_word_embeddings"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,10 +261,22 @@ class _Extraction:
                 f"rank {self._request.rank} does not reach {energy:.2%} of the change in {len(short)} of "
                 f"{len(self._modules)} modules; give a larger rank"
             )
+        differing = _other_settings(self._compared.base, self._compared.tuned)
+        if differing:
+            yield f"an adapter holds no config: of the tuned model's, these are not the base's: {', '.join(differing)}"
         resized = [pair for pair in self._compared.weights if pair.is_resized]
         if resized:
             rows = resized[0].tuned.rows
             yield f"other sizes than in the base: PEFT needs it resized first (resize_token_embeddings({rows}))"
+
+
+def _other_settings(base: Base, tuned: Base) -> list[str]:
+    """What both configs say, and differently, besides where they are from and how the weights are stored."""
+    return [
+        key
+        for key in sorted(base.config.keys() & tuned.config.keys() - _NOT_OF_THE_FUNCTION)
+        if base.config[key] != tuned.config[key]
+    ]
 
 
 def _factors(kind: str, found: Truncated, shape: tuple[int, ...]) -> Iterator[tuple[str, torch.Tensor]]:
