@@ -211,3 +211,27 @@ def test_settings_that_number_modules_cannot_be_preserved(tmp_path: Path) -> Non
     base = save_llama(tmp_path / "base", torch.bfloat16, quantization_config=settings)
     with pytest.raises(RequestError, match="number of their layer"):
         loraweld.merge(hand_made(tmp_path / "a"), output=tmp_path / "out", base=base, save_method="preserve")
+
+
+@pytest.mark.filterwarnings("ignore:tokenizer is None")
+def test_a_live_model_is_not_replicated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory the layers are a stack already; while they share their weights, the model is refused as PEFT's is."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(8)
+    model = llama()
+    randomise_(model)
+    model.save_pretrained(tmp_path / "base")
+    options = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[1, 2], [0, 2]])
+    peft = get_peft_model(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), options).eval()
+    train_(peft)
+    with pytest.raises(RequestError, match="shares parameters"):
+        loraweld.save_pretrained_merged(peft, tmp_path / "live")
+    for module in peft.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = parameter if parameter is None else torch.nn.Parameter(parameter.clone())
+    loraweld.save_pretrained_merged(peft, tmp_path / "live")
+    peft.save_pretrained(tmp_path / "adapter")
+    loraweld.merge(tmp_path / "adapter", output=tmp_path / "file", base=tmp_path / "base")
+    live, file = load_folder(tmp_path / "live"), load_folder(tmp_path / "file")
+    assert live.keys() == file.keys()
+    assert all(torch.equal(live[name], tensor) for name, tensor in file.items())
