@@ -857,7 +857,7 @@ def imported_by(*lines: str, cwd: Path, env: Mapping[str, str] | None = None) ->
 
 def test_help_imports_nothing_heavy(place: Path) -> None:
     """`import loraweld`, --help, --version and a usage error: neither torch nor numpy nor rich is imported."""
-    lines = ("--help", "--version", "merge --help", "plan --help", "inspect --help", "merge --bogus")
+    lines = ("--help", "--version", "merge --help", "plan --help", "extract --help", "inspect --help", "merge --bogus")
     assert not imported_by(*lines, cwd=place) & {"torch", "numpy", "rich", "huggingface_hub", "safetensors"}
 
 

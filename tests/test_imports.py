@@ -18,6 +18,7 @@ from fakes import llama_shapes, random_factors, random_tensors, write_adapter, w
 SOURCE = Path(loraweld.__file__).parent
 WITHOUT_TORCH = (
     *("checkpoint", "adapter", "combine", "naming", "planning", "sinks", "export"),
+    *(f"extraction/{name}.py" for name in ("request", "pairs", "aside", "adapter", "report")),
     *("gguf_types.py", "request.py", "report.py", "record.py", "inspection.py", "progress.py", "api.py", "cli.py"),
 )
 WITH_TORCH = {

@@ -116,7 +116,6 @@ UNMERGEABLE = {
     "loftq": ({"init_lora_weights": "loftq"}, ["loftq", "path_initial_model"]),
     "lora-ga": ({"init_lora_weights": "lora_ga"}, ["lora_ga", "path_initial_model"]),
     "unknown-init": ({"init_lora_weights": "sorcery"}, ["sorcery"]),
-    "layer-replication": ({"layer_replication": [[0, 2], [0, 2]]}, ["layer_replication"]),
     "activated-lora": ({"alora_invocation_tokens": [1, 2]}, ["alora_invocation_tokens"]),
     "qalora": ({"use_qalora": True}, ["use_qalora"]),
 }
@@ -124,8 +123,8 @@ UNMERGEABLE = {
 
 @pytest.mark.parametrize(("config", "words"), UNMERGEABLE.values(), ids=UNMERGEABLE)
 def test_adapters_of_other_kinds_are_refused_by_name(config: dict[str, Any], words: list[str], tmp_path: Path) -> None:
-    """LoHa … AdaLoRA gave the base; LoftQ, CorDA, pissa_niter, lora_ga a merge onto the wrong base; replicated
-    layers one sum of all: merge, or refuse naming the tuner type or the option, with the conversion option."""
+    """LoHa … AdaLoRA gave the base; LoftQ, CorDA, pissa_niter, lora_ga a merge onto the wrong base: merge,
+    or refuse naming the tuner type or the option, with the conversion option."""
     save_llama(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", loras(Q_PROJ), **config)
     assert_refused(tmp_path, adapter, words=[str(adapter), *words])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         OutputError,
         RequestError,
     )
+    from loraweld.extraction.extract import extract
     from loraweld.inspection import inspect
     from loraweld.live.attach import attach
     from loraweld.live.fast_language_model import FastLanguageModel
@@ -39,6 +40,7 @@ __all__ = [
     "RequestError",
     "__version__",
     "attach",
+    "extract",
     "inspect",
     "merge",
     "plan",
@@ -51,6 +53,7 @@ __all__ = [
 _HOMES = {
     "merge": "loraweld.api",
     "plan": "loraweld.api",
+    "extract": "loraweld.extraction.extract",
     "inspect": "loraweld.inspection",
     "FastLanguageModel": "loraweld.live.fast_language_model",
     "attach": "loraweld.live.attach",

@@ -80,6 +80,28 @@ def _plan(arguments: argparse.Namespace) -> None:
         print("\n".join(plan_lines(made)))
 
 
+def _extract(arguments: argparse.Namespace) -> None:
+    from loraweld.extraction.request import make_extract_request
+
+    names = ("base", "tuned", "output", "rank", "energy", "modules_to_save", "overwrite", "token")
+    try:
+        request = make_extract_request(**{name: getattr(arguments, name) for name in names})
+    except RequestError as error:
+        raise _UsageError(str(error)) from None
+    from loraweld.extraction.extract import extract_request
+    from loraweld.progress import show_progress
+
+    try:
+        with show_progress(quiet=arguments.quiet or arguments.json) as shown:
+            report = extract_request(request, progress=shown.advance, on_plan=shown.begin)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2))
+    elif not arguments.quiet:
+        print("\n".join(report.lines()))
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from loraweld.inspection import inspect
     from loraweld.report import inspect_lines
@@ -131,6 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_merge_arguments(plan)
     plan.set_defaults(run=_plan)
+    extract = commands.add_parser(
+        "extract",
+        help="the way back: the adapter between a base and a tuned model",
+        description="Write the LoRA adapter of low rank that leads from a base to a model that was tuned from it.",
+        epilog="example: loraweld extract --base my-base --tuned my-model --rank 16 -o my-adapter",
+    )
+    _add_extract_arguments(extract)
+    extract.set_defaults(run=_extract)
     inspect = commands.add_parser(
         "inspect",
         help="say what a folder is",
@@ -225,6 +255,30 @@ def _add_combining_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"how ties elects signs: {' or '.join(MAJORITY_SIGN_METHODS)} (default: total)",
     )
+
+
+def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--base", required=True, metavar="BASE", help="the model to start from, a folder or Hub id")
+    add("--tuned", required=True, metavar="MODEL", help="the model to come to, a folder or Hub id")
+    add("-o", "--output", required=True, metavar="ADAPTER", help="folder for the adapter; it appears when complete")
+    add("--rank", type=int, default=16, metavar="R", help="largest rank of a module (default: %(default)s)")
+    add(
+        "--energy",
+        type=float,
+        metavar="SHARE",
+        help="of each module's change, e.g. 0.99: the smallest rank that keeps it, up to --rank (default: --rank)",
+    )
+    add(
+        "--no-modules-to-save",
+        dest="modules_to_save",
+        action="store_false",
+        help="refuse changed norms, biases and other tensors of no low rank instead of keeping them whole",
+    )
+    add("--overwrite", action="store_true", help="replace an output that exists")
+    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
+    add("--json", action="store_true", help="print the report as JSON on stdout")
+    add("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _add_hub_arguments(group: argparse._ArgumentGroup) -> None:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from loraweld.planning.merge_plan import MergePlan
 from loraweld.report import human_bytes
+
+
+class _Sized(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Work(Protocol):
+    """The plan of a merge or of an extraction: as much as a bar has to know of it."""
+
+    @property
+    def weights(self) -> Sequence[_Sized]: ...
 
 
 class Shown(Protocol):
     """What a merge tells its observer: the plan, then bytes as they become ready, from any thread, then other steps."""
 
-    def begin(self, plan: MergePlan) -> None: ...
+    def begin(self, plan: Work) -> None: ...
 
     def advance(self, count: int) -> None: ...
 
@@ -45,7 +56,7 @@ def show_progress(*, quiet: bool) -> Iterator[Shown]:
 
 
 class _Nothing:
-    def begin(self, plan: MergePlan) -> None:
+    def begin(self, plan: Work) -> None:
         pass
 
     def advance(self, count: int) -> None:
@@ -61,9 +72,9 @@ class _Bar:
 
         assert isinstance(bar, Progress)
         self._bar = bar
-        self._task = bar.add_task("merge", total=None)
+        self._task = bar.add_task("work", total=None)
 
-    def begin(self, plan: MergePlan) -> None:
+    def begin(self, plan: Work) -> None:
         self._bar.update(self._task, total=sum(file.num_bytes for file in plan.weights))
 
     def advance(self, count: int) -> None:
@@ -81,7 +92,7 @@ class _Lines:
         self._done = 0
         self._lock = threading.Lock()
 
-    def begin(self, plan: MergePlan) -> None:
+    def begin(self, plan: Work) -> None:
         self._total = sum(file.num_bytes for file in plan.weights)
 
     def advance(self, count: int) -> None:

@@ -33,7 +33,6 @@ _REFUSED_OPTIONS = {
     "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens; no weight does that",
     "arrow_config": "Arrow routes each token through several adapters; no single weight does that",
     "use_qalora": "QALoRA pools the input in groups; merge it into its GPTQ base with the tool that trained it",
-    "layer_replication": "replicated layers are not written yet",
     "kasa_config": "KaSA is not merged yet",
     "use_bdlora": "block-diagonal LoRA is not merged yet",
     "enable_lora": "the fused layers of PEFT 0.2 and older (MergedLinear) are not read",
@@ -60,6 +59,7 @@ class AdapterConfig:
     exclude_modules: tuple[str, ...] | str | None
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    layer_replication: tuple[tuple[int, int], ...]
     token_indices: Mapping[str, tuple[int, ...]]
     target_parameters: tuple[str, ...]
     peft_version: str | None
@@ -115,6 +115,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         exclude_modules=_targets(raw, "exclude_modules", path),
         layers=_layers(raw.get("layers_to_transform"), path),
         layers_pattern=_layers_pattern(raw, path),
+        layer_replication=_layer_replication(raw, path),
         token_indices=_token_indices(raw.get("trainable_token_indices"), path),
         target_parameters=tuple(_names(raw.get("target_parameters"), "target_parameters", path)),
         peft_version=_text(raw, "peft_version", path),
@@ -218,6 +219,31 @@ def _layers(value: object, path: Path) -> tuple[int, ...] | None:
 def _layers_pattern(raw: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     found = _targets(raw, "layers_pattern", path)
     return (found,) if isinstance(found, str) else found or ()
+
+
+def _layer_replication(raw: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], ...]:
+    """Ranges [start, stop) of the base's layers, which the trained model has one after the other; () for all as is."""
+    value = raw.get("layer_replication") or []
+    if not isinstance(value, list) or not all(_is_range(item) for item in value):
+        raise AdapterError(
+            f"layer_replication is {value!r}, expected ranges [start, stop) with 0 ≤ start < stop", path=path
+        )
+    if value and str(raw.get("init_lora_weights", True)).lower() in ("pissa", "olora"):
+        raise AdapterError(
+            "layer_replication together with init_lora_weights pissa or olora: the layers that share a weight took "
+            f"their initial factors off it one after the other; {_CONVERT}",
+            path=path,
+        )
+    return tuple((start, stop) for start, stop in value)
+
+
+def _is_range(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(number) is int for number in value)
+        and 0 <= value[0] < value[1]
+    )
 
 
 def _token_indices(value: object, path: Path) -> dict[str, tuple[int, ...]]:

@@ -39,6 +39,7 @@ class Base:
     `tensors` are the weights that a model has, a quantised one grouped with its scales; `stored` are the tensors of
     the files; `aside` those of them that only a quantised runtime knows. `label` is what the user called it (a Hub
     id or a path); `commit` the Hub's commit, if it came from there. `scratch` keeps alive what they are read from.
+    `origins`: where layers were replicated, the name in the files of each tensor that has another one here.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Base:
     tensors: Mapping[str, Source] = field(repr=False)
     stored: Mapping[str, StoredTensor] = field(repr=False)
     aside: tuple[str, ...]
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False)
     scratch: object = field(default=None, repr=False, compare=False)
 
     @property
@@ -65,7 +67,7 @@ class Base:
     @property
     def has_layout(self) -> bool:
         """Whether the weights lie in safetensors files, whose layout an output can keep."""
-        return all(isinstance(file, SafetensorsFile) for file in self.files)
+        return not self.origins and all(isinstance(file, SafetensorsFile) for file in self.files)
 
     @property
     def is_pickled(self) -> bool:

@@ -106,11 +106,12 @@ def save_adapter_config(inner: Any, name: str, folder: Path) -> None:
 
 
 def as_in_memory(folder: Path) -> None:
-    """Say of an adapter that its base is as it is: the initial change of the base (PiSSA, LoftQ, …) is in memory."""
+    """Say of an adapter that its base is as it is: what changes it at the start (PiSSA, more layers) is in memory."""
     path = folder / CONFIG_NAME
     config = json.loads(path.read_text())
-    if not isinstance(config.get("init_lora_weights", True), bool):
-        path.write_text(json.dumps({**config, "init_lora_weights": True}, indent=2, sort_keys=True))
+    if not isinstance(config.get("init_lora_weights", True), bool) or config.get("layer_replication"):
+        as_it_is = {"init_lora_weights": True, "layer_replication": None}
+        path.write_text(json.dumps({**config, **as_it_is}, indent=2, sort_keys=True))
 
 
 def _honour_scales(inner: Any, name: str, folder: Path) -> None:

@@ -117,6 +117,7 @@ def _config_edits(
         quantization=output.settings,
         vocab_size=new_vocab_size(facts.base, resolved.changes),
         untie=any(is_output_embedding(tie.target) for tie in resolved.untied),
+        is_derived=bool(facts.base.origins),
         task=task,
     )
 

@@ -16,6 +16,7 @@ from loraweld.errors import RequestError, listing
 from loraweld.naming.tied import Tie, find_ties, known_ties
 from loraweld.planning.fit import fitting_claims
 from loraweld.planning.paths import check_output
+from loraweld.planning.replication import replicated_base
 from loraweld.planning.trained_base import as_given_notes, requantised_base
 from loraweld.request import QUANTIZED_FROM, MergeRequest
 
@@ -80,16 +81,17 @@ def facts_of(request: MergeRequest, base: Base, adapters: tuple[Adapter, ...]) -
     Raises:
         LoraweldError: a base that the request would have taken to another form cannot be.
     """
-    base, twins = _stored_once(base)
+    base, twins = stored_once(base)
     if request.merge_base == QUANTIZED_FROM:
         base, *notes = requantised_base(request, base, adapters)
     else:
         notes = as_given_notes(base, adapters)
+    base, replicated = replicated_base(request, base, adapters)
     ties = find_ties(base.tensors, base.config)
-    return Facts(base=base, adapters=adapters, given=adapters, ties=ties, twins=twins, notes=tuple(notes))
+    return Facts(base=base, adapters=adapters, given=adapters, ties=ties, twins=twins, notes=(*notes, *replicated))
 
 
-def _stored_once(base: Base) -> tuple[Base, tuple[Tie, ...]]:
+def stored_once(base: Base) -> tuple[Base, tuple[Tie, ...]]:
     """Leave out the second name of a tied parameter where both stand for the same values; return those stored twice.
 
     Then the tie is seen, and what the adapter does to either side counts as in a base that stores it once. In a pickle

@@ -21,13 +21,17 @@ _CLASS_ENDING = re.compile(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigEdits:
-    """The facts of the output that its config must agree with; None where the merge changes nothing."""
+    """The facts of the output that its config must agree with; None where the merge changes nothing.
+
+    `is_derived`: the base's config is not the one in its folder any more.
+    """
 
     dtype: str | None = None
     drop_quantization: bool = False
     quantization: Mapping[str, Any] | None = None
     vocab_size: int | None = None
     untie: bool = False
+    is_derived: bool = False
     task: Task | None = None
 
 

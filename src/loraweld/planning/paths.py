@@ -18,16 +18,26 @@ def check_output(request: MergeRequest, inputs: Iterable[Path]) -> None:
     """
     if request.streams_to_hub:
         return  # nothing is written there
-    output = request.output.resolve()
-    for folder in [*inputs, *([request.tokenizer] if request.tokenizer else [])]:
-        source = folder.resolve()
-        if output == source or (output.exists() and output.samefile(source)):
-            raise RequestError(f"output {request.output} is the input {folder}; choose another folder")
-        if source.is_relative_to(output):
-            raise RequestError(f"output {request.output} holds the input {folder}; choose another folder")
-        if output.is_relative_to(source):
-            raise RequestError(f"output {request.output} lies inside the input {folder}; choose another folder")
-    if request.output.exists() and not request.output.is_dir():
-        raise OutputError("is a file; the output is a folder", path=request.output)
+    check_place(request.output, [*inputs, *([request.tokenizer] if request.tokenizer else [])])
     if request.tokenizer and not request.tokenizer.is_dir():
         raise RequestError(f"tokenizer {request.tokenizer} is not a folder")
+
+
+def check_place(place: Path, inputs: Iterable[Path]) -> None:
+    """Check that the folder `place` is none of the inputs, holds none and lies in none.
+
+    Raises:
+        RequestError: it does, by any path or link.
+        OutputError: it is a file.
+    """
+    output = place.resolve()
+    for folder in inputs:
+        source = folder.resolve()
+        if output == source or (output.exists() and output.samefile(source)):
+            raise RequestError(f"output {place} is the input {folder}; choose another folder")
+        if source.is_relative_to(output):
+            raise RequestError(f"output {place} holds the input {folder}; choose another folder")
+        if output.is_relative_to(source):
+            raise RequestError(f"output {place} lies inside the input {folder}; choose another folder")
+    if place.exists() and not place.is_dir():
+        raise OutputError("is a file; the output is a folder", path=place)

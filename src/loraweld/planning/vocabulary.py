@@ -58,7 +58,11 @@ def check_shared_known(base: Base, changes: Mapping[str, Change]) -> None:
     for name, tensor in base.tensors.items():
         if isinstance(tensor, StoredTensor) and tensor.num_bytes:
             groups.setdefault(tensor.place, []).append(name)
-    shared = [" = ".join(names) for names in groups.values() if len(names) > 1 and not changes.keys().isdisjoint(names)]
+    shared = [
+        " = ".join(names)
+        for names in groups.values()
+        if len({base.origins.get(name, name) for name in names}) > 1 and not changes.keys().isdisjoint(names)
+    ]
     if shared and (is_tied(base.config) or not base.config):
         raise MatchError(
             f"tensors change that {base.folder} holds under several names, and whether they are one parameter in "
