@@ -501,6 +501,25 @@ def test_the_command_writes_and_reports(place: Path, capsys: pytest.CaptureFixtu
     assert command("merge adapter -o again --dtype float32") == 0
 
 
+def test_the_number_of_threads_changes_nothing(tmp_path: Path) -> None:
+    """The same adapter, byte for byte, also where the decomposition is a sampled one; the setting is put back."""
+    size = 600
+    weight = noise(size, size)
+    for name, change in (("base", 0.0), ("tuned", 0.01)):
+        tensors = {"model.layers.0.q_proj.weight": weight + change * noise(size, size, seed=5)}
+        save_base(tmp_path / name, tensors, {"model_type": "llama"})
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            extracted(tmp_path, rank=8, overwrite=True)
+            assert torch.get_num_threads() == threads
+            found.append(contents(tmp_path / "adapter"))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
 def test_an_output_that_is_there_is_left_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without --overwrite a folder with something in it stays as it is; an input is never the output."""
     (place / "adapter").mkdir()

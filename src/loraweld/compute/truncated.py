@@ -73,8 +73,10 @@ def _leading(matrix_NC: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
         u_NK, s_K, v_KC = torch.linalg.svd(matrix_NC.double(), full_matrices=False)
         return u_NK, s_K, v_KC
     q_NK = _range(matrix_NC, rank + OVERSAMPLING)
-    u_KK, s_K, v_KC = torch.linalg.svd((q_NK.T @ matrix_NC).double(), full_matrices=False)
-    return q_NK.double() @ u_KK, s_K, v_KC
+    # Qᵀ·M is wide: of its QR decomposition only the square part has to be decomposed further, which is much faster.
+    p_CK, r_KK = torch.linalg.qr((q_NK.T @ matrix_NC).double().T)
+    u_KK, s_K, v_KK = torch.linalg.svd(r_KK.T)
+    return q_NK.double() @ u_KK, s_K, v_KK @ p_CK.T
 
 
 def _range(matrix_NC: torch.Tensor, count: int) -> torch.Tensor:

@@ -128,6 +128,8 @@ class _Extraction:
 
     def run(self, started: float) -> ExtractReport:
         request, compared = self._request, self._compared
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the same bits on any machine; and many small steps wait for each other otherwise
         try:
             changed = self._changed_whole()
             aside = put_aside(compared.weights, changed)
@@ -137,6 +139,7 @@ class _Extraction:
             ) as sink:
                 num_bytes = self._fill(sink, aside)
         finally:
+            torch.set_num_threads(threads)
             self._reader.close()
         return ExtractReport(
             output=request.output,
