@@ -13,13 +13,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraweld.adapter.edits import AddVector, Dora, Edit, GrowRows, LowRank, ReplaceRows, Residual
+from loraweld.adapter.edits import (
+    AddVector,
+    Dora,
+    Edit,
+    GrowRows,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    PeftLayer,
+    ReplaceRows,
+    Residual,
+    Scale,
+    SingularValues,
+)
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.factors import Factors, Left, decompose
 from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
 from loraweld.compute.tiles import TileGrid
+from loraweld.compute.tuner_kernels import HadamardKernel, KroneckerKernel, ScaleKernel, SingularValuesKernel
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -65,6 +79,18 @@ def make_kernel(edit: Edit, source: Source, reader: Reader) -> Kernel:
             return ReplaceRowsKernel(edit, reader)
         case GrowRows():
             return GrowRowsKernel(source, reader)
+        case SingularValues():
+            return SingularValuesKernel(edit, reader)
+        case Hadamard():
+            return HadamardKernel(edit, reader)
+        case Kronecker():
+            return KroneckerKernel(edit, reader)
+        case Scale():
+            return ScaleKernel(edit, source, reader)
+        case PeftLayer():
+            from loraweld.compute.peft_layer import PeftLayerKernel  # PEFT takes seconds to import
+
+            return PeftLayerKernel(edit, source, reader)
 
 
 class LowRankKernel:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loraweld.adapter.edits import Dora, Edit, LowRank, Residual
-from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor
+from loraweld.adapter.edits import Dora, Edit, Hadamard, LowRank, PeftLayer, Residual, SingularValues
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
 from loraweld.checkpoint.remote import CACHE_BYTES, REQUEST_BYTES
 from loraweld.errors import RequestError
@@ -21,6 +21,8 @@ LIBRARY_BYTES = 260 << 20
 # Rows are edited in tiles of about this many elements: large enough that the cost of calls does not show, small enough
 # that a float32 tile and its 16-bit form stay near the core.
 TILE_ELEMENTS = 1 << 19
+# Float32 copies of a weight that PEFT's layers hold while they are made and merged, at most.
+PEFT_COPIES = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +69,19 @@ def _network_bytes(request: MergeRequest, workers: int) -> int:
 def _largest_matrix(recipes: Iterable[Recipe]) -> tuple[int, str]:
     """Bytes of the largest tensor that must be held whole: its float32 form and its decomposition."""
     needs = [
-        (4 * 4 * recipe.source.rows * recipe.source.cols, recipe.name)
+        (max(_matrix_bytes(edit, recipe.source) for edit in recipe.edits), recipe.name)
         for recipe in recipes
-        if any(isinstance(edit, Residual) for edit in recipe.edits)
+        if recipe.edits
     ]
     return max(needs, default=(0, max((r.name for r in recipes), key=len, default="")))
+
+
+def _matrix_bytes(edit: Edit, source: Source) -> int:
+    """PEFT makes several copies of a weight, one layer at a time (its SVDs most of all: about 10 copies)."""
+    if isinstance(edit, PeftLayer):
+        held = edit.weight or source
+        return 4 * PEFT_COPIES * held.rows * held.cols + sum(tensor.num_bytes for tensor in edit.refs)
+    return 4 * 4 * source.rows * source.cols if isinstance(edit, Residual) else 0
 
 
 def _factor_bytes(recipe: Recipe) -> int:
@@ -80,11 +90,13 @@ def _factor_bytes(recipe: Recipe) -> int:
 
 
 def _side_bytes(edit: Edit, recipe: Recipe) -> int:
-    if not isinstance(edit, LowRank | Dora | Residual):
+    if isinstance(edit, PeftLayer):
+        return 2 * 4 * recipe.source.rows * recipe.source.cols  # of the merged weight, which tiles are taken from
+    if not isinstance(edit, LowRank | Dora | Residual | SingularValues | Hadamard):
         return 0
     cols = recipe.source.cols
     rows = min(recipe.rows, ITEM_BYTES // (2 * max(1, cols)) + 2)
-    return 4 * edit.rank * (cols + rows)
+    return 4 * edit.rank * (cols + rows) * (2 if isinstance(edit, Hadamard) else 1)
 
 
 def tile_height(num_cols: int, unit_rows: int = 1) -> int:

@@ -29,11 +29,15 @@ def _key(tensor: Source) -> tuple[object, ...]:
 
 
 def _edit_key(edit: Edit) -> tuple[object, ...]:
-    values = (getattr(edit, item.name) for item in fields(edit))
-    return edit.kind, *(
-        _key(value) if isinstance(value, StoredTensor) else _edit_key(value) if isinstance(value, LowRank) else value
-        for value in values
-    )
+    return edit.kind, *(_value_key(getattr(edit, item.name)) for item in fields(edit))
+
+
+def _value_key(value: object) -> object:
+    if isinstance(value, StoredTensor | EncodedTensor | RequantisedTensor):
+        return _key(value)
+    if isinstance(value, LowRank):
+        return _edit_key(value)
+    return tuple(map(_value_key, value)) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

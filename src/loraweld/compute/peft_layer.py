@@ -1,0 +1,226 @@
+"""One weight or bias merged by PEFT's own layer: for tuners whose formula is not written out in `compute/`.
+
+PEFT is given a skeleton: bare layers at the paths of the trained model, whose weights take no memory. The adapter is
+attached to it as to a model, then the layer at hand gets its real values, in float32, and merges itself. The rounding
+to the output's dtype is left to `rounding`, so it happens once, where PEFT would round the delta and the sum.
+
+Source: PEFT 0.21.2, `peft.mapping_func.get_peft_model`, `peft.utils.save_and_load`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from loraweld.adapter.edits import Layer, PeftLayer
+from loraweld.checkpoint.encodings.encoded import Source
+from loraweld.checkpoint.reader import Reader
+from loraweld.compute.codecs.decoder import open_decoder
+from loraweld.compute.module_order import in_order
+from loraweld.compute.tensors import read_flat
+from loraweld.errors import AdapterError, listing
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+_PREFIX = "base_model.model."
+_SHARED = "base_model."
+_CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+# What of a config says where an adapter goes: the skeleton has nothing but the layers it went to. And FRoD's bar.
+_OPTIONS: dict[str, Any] = {
+    "bias": "none",
+    "exclude_modules": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "modules_to_save": None,
+    "progressbar": False,
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+}
+# One merge at a time: PEFT's layers make several copies of a weight, and a skeleton serves all its layers.
+_LOCK = threading.Lock()
+_PEFT_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError)
+_FLOAT32_ERROR = 2.0**-23
+
+
+class PeftLayerKernel:
+    """A parameter ← what PEFT merges it to; the whole of it in float32, of which tiles take their rows."""
+
+    def __init__(self, edit: PeftLayer, source: Source, reader: Reader) -> None:
+        values = _read(source, reader)
+        merged = merged_parameter(edit, values, reader)
+        self._merged_NC = merged.reshape(source.rows, source.cols)
+        difference = float((self._merged_NC - values.view_as(self._merged_NC)).abs().max()) if values.numel() else 0.0
+        self._error = difference * _FLOAT32_ERROR
+
+    def span(self, start: int, stop: int) -> PeftLayerKernel:
+        return self
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
+        tile_nC.copy_(self._merged_NC[top : top + len(tile_nC)])
+        return self._error
+
+    def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
+        """Return PEFT's float32 values: it has no others."""
+        merged_K: Floats = self._merged_NC.numpy()[rows_K, cols_K].astype(np.float64)
+        return merged_K
+
+
+def _read(source: Source, reader: Reader) -> torch.Tensor:
+    """Return all values of a weight in float32, in its shape."""
+    rows = open_decoder(source, reader).rows(0, source.rows).read(0, source.rows)
+    return rows.to(torch.float32, copy=True).reshape(source.shape)
+
+
+def merged_parameter(edit: PeftLayer, values: torch.Tensor, reader: Reader) -> torch.Tensor:
+    """Return `edit.parameter` after the merge in float32; `values` is what it is before.
+
+    Raises:
+        AdapterError: PEFT cannot make or merge the layer, or its tensors are not those that the adapter has.
+    """
+    given = {edit.parameter: values}
+    if edit.weight is not None:
+        given["weight"] = _read(edit.weight, reader)
+    with _LOCK, torch.no_grad(), _named(edit.layer.module):
+        # Layers that depend on the others are made once; the rest may decompose their weight as they are made.
+        model = (
+            _together(edit.tuner, edit.config, edit.others, edit.model_config) if edit.others else _alone(edit, given)
+        )
+        layer = model.get_submodule(_PREFIX + edit.layer.module)
+        before = _put(layer.get_base_layer(), given)
+        _load(model, edit, reader)
+        layer.merge()
+        merged = getattr(layer.get_base_layer(), edit.parameter).detach().float().contiguous()
+        _put(layer.get_base_layer(), before)
+        layer.merged_adapters.clear()
+    return merged
+
+
+@contextmanager
+def _named(module: str) -> Iterator[None]:
+    """Say which module an error of PEFT belongs to, and keep back its advice on how to train."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except _PEFT_ERRORS as error:
+        raise AdapterError(f"{module}: PEFT cannot merge this layer: {type(error).__name__}: {error}") from error
+
+
+def _put(base_layer: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give parameters of a layer other values, and return those it had."""
+    had = {name: getattr(base_layer, name).data for name in values}
+    for name, value in values.items():
+        getattr(base_layer, name).data = value
+    return had
+
+
+def _alone(edit: PeftLayer, values: dict[str, torch.Tensor]) -> Any:
+    return _attach(edit.tuner, edit.config, [edit.layer], values)
+
+
+@lru_cache(maxsize=1)
+def _together(tuner: str, config: str, layers: tuple[Layer, ...], model_config: str) -> Any:
+    return _attach(tuner, config, in_order(layers, json.loads(model_config)) if model_config else layers, {})
+
+
+def _attach(tuner: str, config: str, layers: Sequence[Layer], values: dict[str, torch.Tensor]) -> Any:
+    """Return PEFT's model of a skeleton of `layers`; a layer that is alone has the given values."""
+    from peft import PeftConfig, get_peft_model
+
+    skeleton = nn.Module()
+    for layer in layers:
+        _place(skeleton, layer.module, _bare_layer(layer, values))
+    made = PeftConfig.from_peft_type(**json.loads(config))
+    for name, value in _OPTIONS.items():
+        if hasattr(made, name):
+            setattr(made, name, value)
+    made.target_modules = {layer.module for layer in layers}
+    return get_peft_model(skeleton, made)  # type: ignore[arg-type]  # any module will do
+
+
+def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(last, layer)
+
+
+def _bare_layer(layer: Layer, values: dict[str, torch.Tensor]) -> nn.Module:
+    """Return a layer of the right class and shape, its parameters the given values or zeros that take no memory."""
+    with torch.device("meta"):
+        module = _class_of(layer)
+    for name, parameter in list(module.named_parameters()):
+        value = values.get(name, torch.zeros(1).expand(parameter.shape))
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return module
+
+
+def _class_of(layer: Layer) -> nn.Module:
+    first, second, *kernel = layer.shape
+    match layer.kind:
+        case "embedding":
+            return nn.Embedding(first, second)
+        case "conv1d":
+            from transformers.pytorch_utils import Conv1D
+
+            return Conv1D(second, first)
+        case "conv":
+            return _CONVOLUTIONS[len(layer.shape)](second, first, tuple(kernel), bias=layer.has_bias)
+        case _:
+            return nn.Linear(second, first, bias=layer.has_bias)
+
+
+def _load(model: Any, edit: PeftLayer, reader: Reader) -> None:
+    """Load the tensors of the edit's layer, each of which PEFT must have asked for, and the other way round."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    module = f"{_PREFIX}{edit.layer.module}."
+    own = {module + name: tensor for name, tensor in edit.own}
+    shared = {_SHARED + name: tensor for name, tensor in edit.shared}
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _check_names({name for name in expected if name.startswith(module)}, set(own))
+    _check_shared({name for name in expected if not name.startswith(_PREFIX)}, set(shared))
+    stored = {name: tensor for name, tensor in (own | shared).items() if name in expected}
+    state = {name: read_flat(reader, tensor).reshape(tensor.shape) for name, tensor in stored.items()}
+    set_peft_model_state_dict(model, {name: _wide(value) for name, value in state.items()})
+    if edit.tuner == "FROD":
+        _project_again(model.get_submodule(_PREFIX + edit.layer.module))
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _check_names(expected: set[str], found: set[str]) -> None:
+    if expected != found:
+        problems = [f"missing: {name}" for name in sorted(expected - found)]
+        problems += [f"unknown to this layer: {name}" for name in sorted(found - expected)]
+        raise AdapterError(f"the file does not hold what PEFT's layer of this config has:\n{listing(problems)}")
+
+
+def _check_shared(expected: set[str], found: set[str]) -> None:
+    """A skeleton of one layer asks for its own share; what nobody asks for is not there."""
+    missing = sorted(expected - found)
+    if missing:
+        raise AdapterError(f"the file does not hold what all layers share:\n{listing(missing)}")
+
+
+def _project_again(layer: Any) -> None:
+    """FRoD computes U from the weight and the shared V, before the file's V is loaded (frod/layer.py)."""
+    (name,) = layer.frod_U
+    weight = layer.get_base_layer().weight
+    u, _ = layer._calculate_frod_u_and_lambda(layer.frod_V[name], weight.T if layer.fan_in_fan_out else weight)
+    layer.frod_U[name] = u
