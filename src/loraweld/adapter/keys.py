@@ -15,7 +15,7 @@ from loraweld.adapter.tuners import TUNERS, Tuner
 
 _PREFIXES = ("_orig_mod.", "base_model.model.")
 _SHARED = "base_model."
-# State of training that LoRA variants keep beside their factors (VeLoRA, MonteCLoRA): their merge is that of plain LoRA.
+# State of training that two LoRA variants keep (VeLoRA, MonteCLoRA): their merge is that of plain LoRA.
 _OF_TRAINING = (".lora_velora_embed", ".lora_monteclora_sampler.")
 
 # A resized vocabulary in modules_to_save is written twice: the trained tensor and the module it was copied from.

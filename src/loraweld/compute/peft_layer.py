@@ -10,9 +10,10 @@ Source: PEFT 0.21.2, `peft.mapping_func.get_peft_model`, `peft.utils.save_and_lo
 from __future__ import annotations
 
 import json
+import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -34,7 +35,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 _PREFIX = "base_model.model."
 _SHARED = "base_model."
-_CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 # What of a config says where an adapter goes: the skeleton has nothing but the layers it went to. And FRoD's bar.
 _OPTIONS: dict[str, Any] = {
     "bias": "none",
@@ -49,6 +50,7 @@ _OPTIONS: dict[str, Any] = {
 }
 # One merge at a time: PEFT's layers make several copies of a weight, and a skeleton serves all its layers.
 _LOCK = threading.Lock()
+_MADE_FROM_THEIR_WEIGHT = {"ADAMSS", "FROD", "OSF", "PSOFT"}
 _PEFT_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError)
 _FLOAT32_ERROR = 2.0**-23
 
@@ -88,22 +90,38 @@ def merged_parameter(edit: PeftLayer, values: torch.Tensor, reader: Reader) -> t
     Raises:
         AdapterError: PEFT cannot make or merge the layer, or its tensors are not those that the adapter has.
     """
-    given = {edit.parameter: values}
+    given = {edit.parameter: values.clone()}  # PEFT adds to it in place
     if edit.weight is not None:
         given["weight"] = _read(edit.weight, reader)
     with _LOCK, torch.no_grad(), _named(edit.layer.module):
-        # Layers that depend on the others are made once; the rest may decompose their weight as they are made.
-        model = (
-            _together(edit.tuner, edit.config, edit.others, edit.model_config) if edit.others else _alone(edit, given)
-        )
+        model = _model(edit, given)
         layer = model.get_submodule(_PREFIX + edit.layer.module)
-        before = _put(layer.get_base_layer(), given)
+        # A layer that is alone has its values already, perhaps changed by what it is made with (KaSA truncates them).
+        bare = _put(layer.get_base_layer(), given if edit.others else {})
         _load(model, edit, reader)
         layer.merge()
-        merged = getattr(layer.get_base_layer(), edit.parameter).detach().float().contiguous()
-        _put(layer.get_base_layer(), before)
+        merged: torch.Tensor = getattr(layer.get_base_layer(), edit.parameter).detach().float().contiguous()
+        _put(layer.get_base_layer(), bare)
         layer.merged_adapters.clear()
     return merged
+
+
+def rehearse(edits: Iterable[PeftLayer], reader: Reader) -> None:
+    """Attach one layer of each kind to a skeleton without values and load it: what does not fit shows before a byte is
+    written. Layers that are made from their weight cannot be made without it.
+
+    Raises:
+        AdapterError: PEFT cannot make a layer, or its tensors are not those that the adapter has.
+    """
+    seen: set[tuple[object, ...]] = set()
+    for edit in edits:
+        layer = edit.layer
+        shapes = tuple((name, tensor.shape) for name, tensor in edit.own)
+        kind = (re.sub(r"\d+", "#", layer.module), layer.kind, layer.shape, layer.has_bias, shapes, edit.config)
+        if kind not in seen and edit.tuner not in _MADE_FROM_THEIR_WEIGHT:
+            seen.add(kind)
+            with _LOCK, torch.no_grad(), _named(layer.module):
+                _load(_model(edit, {}), edit, reader)
 
 
 @contextmanager
@@ -125,28 +143,31 @@ def _put(base_layer: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return had
 
 
-def _alone(edit: PeftLayer, values: dict[str, torch.Tensor]) -> Any:
-    return _attach(edit.tuner, edit.config, [edit.layer], values)
+def _model(edit: PeftLayer, values: dict[str, torch.Tensor]) -> Any:
+    """Layers that depend on the others are made once, together; a layer that is alone is made with its values."""
+    if edit.others:
+        return _together(edit.config, edit.others, edit.model_config)
+    return _attach(edit.config, [edit.layer], values)
 
 
 @lru_cache(maxsize=1)
-def _together(tuner: str, config: str, layers: tuple[Layer, ...], model_config: str) -> Any:
-    return _attach(tuner, config, in_order(layers, json.loads(model_config)) if model_config else layers, {})
+def _together(config: str, layers: tuple[Layer, ...], model_config: str) -> Any:
+    return _attach(config, in_order(layers, json.loads(model_config)) if model_config else layers, {})
 
 
-def _attach(tuner: str, config: str, layers: Sequence[Layer], values: dict[str, torch.Tensor]) -> Any:
+def _attach(config: str, layers: Sequence[Layer], values: dict[str, torch.Tensor]) -> Any:
     """Return PEFT's model of a skeleton of `layers`; a layer that is alone has the given values."""
     from peft import PeftConfig, get_peft_model
 
     skeleton = nn.Module()
     for layer in layers:
         _place(skeleton, layer.module, _bare_layer(layer, values))
-    made = PeftConfig.from_peft_type(**json.loads(config))
+    made: Any = PeftConfig.from_peft_type(**json.loads(config))  # type: ignore[no-untyped-call]
     for name, value in _OPTIONS.items():
         if hasattr(made, name):
             setattr(made, name, value)
     made.target_modules = {layer.module for layer in layers}
-    return get_peft_model(skeleton, made)  # type: ignore[arg-type]  # any module will do
+    return get_peft_model(skeleton, made)
 
 
 def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
@@ -176,9 +197,10 @@ def _class_of(layer: Layer) -> nn.Module:
         case "conv1d":
             from transformers.pytorch_utils import Conv1D
 
-            return Conv1D(second, first)
+            return Conv1D(second, first)  # type: ignore[no-untyped-call]
         case "conv":
-            return _CONVOLUTIONS[len(layer.shape)](second, first, tuple(kernel), bias=layer.has_bias)
+            convolution: nn.Module = _CONVOLUTIONS[len(layer.shape)](second, first, tuple(kernel), bias=layer.has_bias)
+            return convolution
         case _:
             return nn.Linear(second, first, bias=layer.has_bias)
 

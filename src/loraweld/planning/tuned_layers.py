@@ -188,6 +188,11 @@ def _by_peft(
 ) -> dict[str, Edit]:
     config, tuner = adapter.config, adapter.config.tuner
     check_packages(config)
+    if config.peft_type == "OFT" and math.prod(tuned.layer.shape[2:]) > 1:
+        raise MatchError(
+            "OFT on a convolution rotates overlapping patches and adds them up in PEFT's forward pass (unfold and fold "
+            "of oft/layer.py); no weight does that, and PEFT's own merge is another function"
+        )
     if "bias" in tuner.changes and "weight" not in tuner.changes and not tuned.layer.has_bias:
         raise MatchError(f"{config.peft_type} trains biases, but the base layer has none")
     changed = [name for name in tuner.changes if name == "weight" or tuned.layer.has_bias]
