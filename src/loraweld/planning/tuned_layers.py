@@ -188,14 +188,11 @@ def _by_peft(
 ) -> dict[str, Edit]:
     config, tuner = adapter.config, adapter.config.tuner
     check_packages(config)
-    if config.peft_type == "OFT" and math.prod(tuned.layer.shape[2:]) > 1:
-        raise MatchError(
-            "OFT on a convolution rotates overlapping patches and adds them up in PEFT's forward pass (unfold and fold "
-            "of oft/layer.py); no weight does that, and PEFT's own merge is another function"
-        )
-    if "bias" in tuner.changes and "weight" not in tuner.changes and not tuned.layer.has_bias:
-        raise MatchError(f"{config.peft_type} trains biases, but the base layer has none")
-    changed = [name for name in tuner.changes if name == "weight" or tuned.layer.has_bias]
+    _refuse_unmergeable(config, tuned.layer)
+    changes = (*tuner.changes, "bias") if "lora_bias" in tuned.parts else tuner.changes
+    if ("lora_bias" in tuned.parts or "weight" not in changes) and not tuned.layer.has_bias:
+        raise MatchError("was trained with a bias, but the base layer has none")
+    changed = [name for name in changes if name == "weight" or tuned.layer.has_bias]
     return {
         parameter: PeftLayer(
             tuner=config.peft_type,
@@ -210,6 +207,20 @@ def _by_peft(
         )
         for parameter in changed
     }
+
+
+def _refuse_unmergeable(config: AdapterConfig, layer: Layer) -> None:
+    """Single cases of mergeable tuners that no weight, or not this file, holds."""
+    if config.peft_type == "OFT" and math.prod(layer.shape[2:]) > 1:
+        raise MatchError(
+            "OFT on a convolution rotates overlapping patches and adds them up in PEFT's forward pass (unfold and fold "
+            "of oft/layer.py); no weight does that, and PEFT's own merge is another function"
+        )
+    if config.peft_type == "FROD" and not config.raw.get("save_projection", True):
+        raise AdapterError(
+            "FRoD's projection was not saved (save_projection is false): it follows from the weights of all layers of a "
+            "kind together, by a decomposition that differs between machines. Save it with the projection"
+        )
 
 
 def check_packages(config: AdapterConfig) -> None:
