@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from peft import PeftModel
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -115,7 +116,7 @@ def test_logits_equal_those_of_the_unmerged_model(case: TunerCase, base_folder: 
     base, inputs = base_folder(case), case.model.inputs(96)
     adapter = case.train(base, tmp_path / "adapter")
     expected = logits(case.unmerged(base, adapter), inputs)
-    assert (expected - logits(case.load_base(base, torch.float32), inputs)).abs().max() > 3e-3, "does nothing"
+    assert (expected - logits(case.load_base(base, torch.float32), inputs)).abs().max() > 1e-3, "does nothing"
 
     loraweld.merge([adapter], output=tmp_path / "merged", base=base, dtype="float32")
 
@@ -127,29 +128,35 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def merged_by_peft(case: TunerCase, base: Path, adapter: Path, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Merge in `dtype` with PEFT; a base that is tied in its config stays so in memory, and its head is not written."""
-    case.unmerged(base, adapter, dtype).merge_and_unload().save_pretrained(folder)
+def merged_by_peft(model: PeftModel, folder: Path) -> dict[str, Tensor]:
+    model.merge_and_unload().save_pretrained(folder)
     return tensors_of(folder)
 
 
 @each_case
 def test_bf16_weights_are_those_of_peft(case: TunerCase, base_folder: BaseFolder, tmp_path: Path) -> None:
-    """Within one step of PEFT's float32 merge rounded once, and of its bf16 merge where that rounds once too."""
+    """Within one step of PEFT's bf16 model, widened to fp32, merged and rounded once; of its bf16 merge where that
+    rounds once too."""
     base = base_folder(case, torch.bfloat16)
     adapter = case.train(base, tmp_path / "adapter", torch.bfloat16)
     loraweld.merge([adapter], output=tmp_path / "merged", base=base)
     merged, before = tensors_of(tmp_path / "merged"), tensors_of(base)
-    in_fp32 = merged_by_peft(case, base, adapter, tmp_path / "fp32", torch.float32)
-    in_bf16 = merged_by_peft(case, base, adapter, tmp_path / "bf16", torch.bfloat16)
+    widened = merged_by_peft(case.unmerged(base, adapter, torch.bfloat16).float(), tmp_path / "fp32")
+    in_bf16 = merged_by_peft(case.unmerged(base, adapter, torch.bfloat16), tmp_path / "bf16")
 
     assert all(tensor.dtype == torch.bfloat16 for tensor in merged.values())
-    changed = {name for name in before if not torch.equal(merged[name], before[name])}
-    assert changed or case.kind == "Embedding", "the adapter does nothing"
-    for name in set(merged) & set(in_fp32):
-        _assert_within_one_step(merged[name], in_fp32[name].bfloat16())
+    targets = [name for name in before if _is_target(name, case)]
+    assert targets and any(not torch.equal(merged[name], before[name]) for name in targets)
+    for name in set(merged) & set(widened):
+        if name not in targets:
+            assert torch.equal(merged[name], before.get(name, merged[name]))
+        _assert_within_one_step(merged[name], widened[name].bfloat16())
         if case.tuner not in ROUNDED_TWICE_BY_PEFT:
             _assert_within_one_step(merged[name], in_bf16[name])
+
+
+def _is_target(name: str, case: TunerCase) -> bool:
+    return name.rpartition(".")[0].rpartition(".")[2] in TARGETS[case.kind][1]
 
 
 def _assert_within_one_step(merged: Tensor, expected: Tensor) -> None:
@@ -162,7 +169,7 @@ def _assert_within_one_step(merged: Tensor, expected: Tensor) -> None:
 def test_native_formulas_round_the_exact_sum_once(case: TunerCase, base_folder: BaseFolder, tmp_path: Path) -> None:
     """At most 1 weight in 2,000 differs from PEFT's merge in float64, and by one step."""
     base = base_folder(case, torch.bfloat16)
-    adapter = case.train(base, tmp_path / "adapter", torch.bfloat16)
+    adapter = case.train(base, tmp_path / "adapter")
     loraweld.merge([adapter], output=tmp_path / "merged", base=base)
     merged, before = tensors_of(tmp_path / "merged"), tensors_of(base)
     in_fp64 = case.unmerged(base, adapter, torch.float32).double().merge_and_unload().state_dict()
@@ -293,7 +300,10 @@ def test_an_adapter_of_another_base_is_refused(tuner: str, base_folder: BaseFold
     adapter = case.train(base_folder(case), tmp_path / "adapter")
     base = tmp_path / "base"
     config = tf.LlamaConfig(
-        **{"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4},
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         vocab_size=96,
         attention_bias=True,
     )

@@ -78,7 +78,7 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("LOKR", "Linear", {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"q_proj": 2}}),
     ("MISS", "Linear", {"init_weights": "bat"}),
     ("MISS", "Linear", {"init_weights": "mini"}),
-    ("OFT", "Linear", {"block_share": True, "coft": True}),
+    ("OFT", "Linear", {"block_share": True, "coft": True, "eps": 0.3}),
     ("OSF", "Linear", {"rank_pattern": {"q_proj": 4}}),
     ("PSOFT", "Linear", {"ab_svd_init": "pissa_init"}),
     ("PVERA", "Linear", {"save_projection": False}),
@@ -165,7 +165,10 @@ def kinds_of(tuner: str) -> list[str]:
 def _merges(tuner: str, kind: str) -> bool:
     if tuner in _ONE_KIND:
         return kind == _ONE_KIND[tuner]
-    with warnings.catch_warnings(), contextlib.suppress(TypeError, ValueError, NotImplementedError, AttributeError, KeyError):
+    with (
+        warnings.catch_warnings(),
+        contextlib.suppress(TypeError, ValueError, NotImplementedError, AttributeError, KeyError),
+    ):
         warnings.simplefilter("ignore")
         case = TunerCase(tuner=tuner, kind=kind)
         name = "q_proj"

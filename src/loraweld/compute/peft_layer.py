@@ -26,9 +26,10 @@ from torch import nn
 from loraweld.adapter.edits import Layer, PeftLayer
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
+from loraweld.checkpoint.stored import StoredTensor
 from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.module_order import in_order
-from loraweld.compute.tensors import read_flat
+from loraweld.compute.tensors import read_flat, torch_dtype
 from loraweld.errors import AdapterError, listing
 
 Floats = npt.NDArray[np.float64]
@@ -60,7 +61,8 @@ class PeftLayerKernel:
 
     def __init__(self, edit: PeftLayer, source: Source, reader: Reader) -> None:
         values = _read(source, reader)
-        merged = merged_parameter(edit, values, reader)
+        dtype = torch_dtype(source.dtype) if isinstance(source, StoredTensor) else torch.float32
+        merged = merged_parameter(edit, values, dtype, reader)
         self._merged_NC = merged.reshape(source.rows, source.cols)
         difference = float((self._merged_NC - values.view_as(self._merged_NC)).abs().max()) if values.numel() else 0.0
         self._error = difference * _FLOAT32_ERROR
@@ -84,8 +86,8 @@ def _read(source: Source, reader: Reader) -> torch.Tensor:
     return rows.to(torch.float32, copy=True).reshape(source.shape)
 
 
-def merged_parameter(edit: PeftLayer, values: torch.Tensor, reader: Reader) -> torch.Tensor:
-    """Return `edit.parameter` after the merge in float32; `values` is what it is before.
+def merged_parameter(edit: PeftLayer, values: torch.Tensor, dtype: torch.dtype, reader: Reader) -> torch.Tensor:
+    """Return `edit.parameter` after the merge in float32; `values` is what it is before, stored in `dtype`.
 
     Raises:
         AdapterError: PEFT cannot make or merge the layer, or its tensors are not those that the adapter has.
@@ -94,11 +96,13 @@ def merged_parameter(edit: PeftLayer, values: torch.Tensor, reader: Reader) -> t
     if edit.weight is not None:
         given["weight"] = _read(edit.weight, reader)
     with _LOCK, torch.no_grad(), _named(edit.layer.module):
-        model = _model(edit, given)
+        model = _model(edit, given, dtype)
         layer = model.get_submodule(_PREFIX + edit.layer.module)
         # A layer that is alone has its values already, perhaps changed by what it is made with (KaSA truncates them).
         bare = _put(layer.get_base_layer(), given if edit.others else {})
         _load(model, edit, reader)
+        if edit.tuner == "FROD":
+            _project_again(layer, dtype)
         layer.merge()
         merged: torch.Tensor = getattr(layer.get_base_layer(), edit.parameter).detach().float().contiguous()
         _put(layer.get_base_layer(), bare)
@@ -121,7 +125,7 @@ def rehearse(edits: Iterable[PeftLayer], reader: Reader) -> None:
         if kind not in seen and edit.tuner not in _MADE_FROM_THEIR_WEIGHT:
             seen.add(kind)
             with _LOCK, torch.no_grad(), _named(layer.module):
-                _load(_model(edit, {}), edit, reader)
+                _load(_model(edit, {}, torch.float32), edit, reader)
 
 
 @contextmanager
@@ -143,31 +147,47 @@ def _put(base_layer: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return had
 
 
-def _model(edit: PeftLayer, values: dict[str, torch.Tensor]) -> Any:
+def _model(edit: PeftLayer, values: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """Layers that depend on the others are made once, together; a layer that is alone is made with its values."""
     if edit.others:
-        return _together(edit.config, edit.others, edit.model_config)
-    return _attach(edit.config, [edit.layer], values)
+        return _together(edit.config, edit.others, edit.model_config, dtype)
+    return _attach(edit.config, [edit.layer], values, dtype).float()
 
 
 @lru_cache(maxsize=1)
-def _together(config: str, layers: tuple[Layer, ...], model_config: str) -> Any:
-    return _attach(config, in_order(layers, json.loads(model_config)) if model_config else layers, {})
+def _together(config: str, layers: tuple[Layer, ...], model_config: str, dtype: torch.dtype) -> Any:
+    model = _attach(config, in_order(layers, json.loads(model_config)) if model_config else layers, {}, dtype)
+    for layer in layers:
+        base_layer = model.get_submodule(_PREFIX + layer.module).get_base_layer()
+        for parameter in base_layer.parameters():
+            parameter.data = _nothing(
+                parameter.shape, torch.float32
+            )  # before they would be widened, which takes memory
+    return model.float()
 
 
-def _attach(config: str, layers: Sequence[Layer], values: dict[str, torch.Tensor]) -> Any:
-    """Return PEFT's model of a skeleton of `layers`; a layer that is alone has the given values."""
+def _attach(config: str, layers: Sequence[Layer], values: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+    """Return PEFT's model of a skeleton of `layers`; a layer that is alone has the given values.
+
+    It is made in the base's dtype, as it was in training: what PEFT derives from the weight or draws from a seed was
+    rounded to it. The caller widens it to float32.
+    """
     from peft import PeftConfig, get_peft_model
 
     skeleton = nn.Module()
     for layer in layers:
-        _place(skeleton, layer.module, _bare_layer(layer, values))
+        _place(skeleton, layer.module, _bare_layer(layer, values, dtype))
     made: Any = PeftConfig.from_peft_type(**json.loads(config))  # type: ignore[no-untyped-call]
     for name, value in _OPTIONS.items():
         if hasattr(made, name):
             setattr(made, name, value)
     made.target_modules = {layer.module for layer in layers}
-    return get_peft_model(skeleton, made)
+    return get_peft_model(skeleton, made).eval()
+
+
+def _nothing(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros that take no memory."""
+    return torch.zeros(1, dtype=dtype).expand(shape)
 
 
 def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
@@ -179,12 +199,12 @@ def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
     root.add_module(last, layer)
 
 
-def _bare_layer(layer: Layer, values: dict[str, torch.Tensor]) -> nn.Module:
-    """Return a layer of the right class and shape, its parameters the given values or zeros that take no memory."""
+def _bare_layer(layer: Layer, values: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    """Return a layer of the right class and shape, its parameters the given values or nothing."""
     with torch.device("meta"):
         module = _class_of(layer)
     for name, parameter in list(module.named_parameters()):
-        value = values.get(name, torch.zeros(1).expand(parameter.shape))
+        value = values[name].to(dtype) if name in values else _nothing(parameter.shape, dtype)
         setattr(module, name, nn.Parameter(value, requires_grad=False))
     return module
 
@@ -218,8 +238,6 @@ def _load(model: Any, edit: PeftLayer, reader: Reader) -> None:
     stored = {name: tensor for name, tensor in (own | shared).items() if name in expected}
     state = {name: read_flat(reader, tensor).reshape(tensor.shape) for name, tensor in stored.items()}
     set_peft_model_state_dict(model, {name: _wide(value) for name, value in state.items()})
-    if edit.tuner == "FROD":
-        _project_again(model.get_submodule(_PREFIX + edit.layer.module))
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:
@@ -240,9 +258,12 @@ def _check_shared(expected: set[str], found: set[str]) -> None:
         raise AdapterError(f"the file does not hold what all layers share:\n{listing(missing)}")
 
 
-def _project_again(layer: Any) -> None:
-    """FRoD computes U from the weight and the shared V, before the file's V is loaded (frod/layer.py)."""
+def _project_again(layer: Any, dtype: torch.dtype) -> None:
+    """FRoD computes U from the weight and the shared V, before the file's V is loaded (frod/layer.py, `update_layer`).
+
+    PEFT keeps U in the dtype of the base.
+    """
     (name,) = layer.frod_U
     weight = layer.get_base_layer().weight
     u, _ = layer._calculate_frod_u_and_lambda(layer.frod_V[name], weight.T if layer.fan_in_fan_out else weight)
-    layer.frod_U[name] = u
+    layer.frod_U[name] = u.to(dtype).float()

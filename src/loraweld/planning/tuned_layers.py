@@ -71,7 +71,7 @@ def layer_edits(
 
 def _check_floats(parts: Parts) -> None:
     for part, tensor in parts.items():
-        if not is_plain_float(tensor.dtype) and not part.endswith("indices"):
+        if not is_plain_float(tensor.dtype) and "indices" not in part:
             raise AdapterError(f"{part} is stored as {tensor.dtype}, expected a float")
 
 
@@ -82,7 +82,7 @@ def _native(config: AdapterConfig, tuned: Tuned) -> dict[str, Edit]:
             return {"weight": _adalora(config, tuned)}
         case "LOHA" if not {"hada_t1", "hada_t2"} & set(tuned.parts):
             return {"weight": _loha(config, tuned)}
-        case "LOKR" if "lokr_t2" not in tuned.parts:
+        case "LOKR" if "lokr_t2" not in tuned.parts and not _has_three_sizes(tuned.parts.get("lokr_w2")):
             return {"weight": _lokr(config, tuned)}
         case "IA3":
             return _ia3(config, tuned)
@@ -124,6 +124,11 @@ def _lokr(config: AdapterConfig, tuned: Tuned) -> Kronecker:
     if tuple(math.prod(sizes) for sizes in zip(*made, strict=True)) != _matrix(tuned.layer.shape):
         raise MatchError(f"factors of {made[0]} and {made[1]} do not make a weight of {tuned.layer.shape}")
     return Kronecker(first=first, second=second, scaling=_lokr_scaling(config, tuned.layer.module, first, second))
+
+
+def _has_three_sizes(factor: StoredTensor | None) -> bool:
+    """A factor of a Conv1d: `torch.kron` pads the other one in front, so PEFT's product is not that of the matrices."""
+    return factor is not None and len(factor.shape) == 3
 
 
 def _lokr_scaling(config: AdapterConfig, module: str, *factors: tuple[StoredTensor, ...]) -> float:
@@ -218,8 +223,8 @@ def _refuse_unmergeable(config: AdapterConfig, layer: Layer) -> None:
         )
     if config.peft_type == "FROD" and not config.raw.get("save_projection", True):
         raise AdapterError(
-            "FRoD's projection was not saved (save_projection is false): it follows from the weights of all layers of a "
-            "kind together, by a decomposition that differs between machines. Save it with the projection"
+            "FRoD's projection was not saved (save_projection is false): it follows from the weights of all layers of "
+            "a kind together, by a decomposition that differs between machines. Save it with the projection"
         )
 
 
