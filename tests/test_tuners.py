@@ -293,6 +293,19 @@ def test_every_tensor_is_used_or_the_merge_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("claimed", ["LORA", "LOHA", "ADALORA", "VERA", "UNILORA"])
+def test_tensors_of_another_tuner_are_not_taken_for_its_own(
+    claimed: str, base_folder: BaseFolder, tmp_path: Path
+) -> None:
+    """A config that names the wrong tuner would merge nothing, or nonsense."""
+    case = TunerCase(tuner="IA3", kind="Linear")
+    adapter = case.train(base_folder(case), tmp_path / "adapter")
+    change_config(adapter, peft_type=claimed)
+    with pytest.raises(LoraweldError, match=r"q_proj\.ia3_l"):
+        loraweld.merge([adapter], output=tmp_path / "merged", base=base_folder(case))
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("tuner", ["LOHA", "LOKR", "ADALORA", "IA3", "VERA", "BOFT"])
 def test_an_adapter_of_another_base_is_refused(tuner: str, base_folder: BaseFolder, tmp_path: Path) -> None:
     """Its tensors fit other shapes; the message names a module, and no weight is written."""

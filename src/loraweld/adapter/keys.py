@@ -40,7 +40,6 @@ _SUFFIXES = (
     (".lora_embedding_B", "embedding_B"),
     (".lora_magnitude_vector.weight", "magnitude"),
     (".lora_magnitude_vector", "magnitude"),
-    (".lora_diag", "diag"),
 )
 REPLACEMENTS = ("weight", "bias")
 

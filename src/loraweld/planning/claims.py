@@ -119,7 +119,8 @@ class ClaimFinder:
     def _parts(self, module: str, parts: Mapping[str, StoredTensor]) -> list[Claim]:
         kinds = [kind for kind, words in _PART_SETS.items() if words & set(parts) - {"magnitude"}]
         if len(kinds) != 1 or not set(parts) <= _PART_SETS[kinds[0]]:
-            raise AdapterError(f"has the parts {', '.join(sorted(parts))}, which do not belong together")
+            names = ", ".join(sorted(tensor.name for tensor in parts.values()))
+            raise AdapterError(f"has the parts {', '.join(sorted(parts))}, which do not belong together: {names}")
         name, is_new = self._locate(f"{module}.weight")
         if is_new and name not in self._ties:
             raise MatchError("the base has no such layer")
