@@ -359,6 +359,23 @@ def test_two_tuners_in_a_row_are_merged_in_their_order(base_folder: BaseFolder, 
         loraweld.merge([second, first], output=tmp_path / "reverse", base=base, dtype="float32")
 
 
+def test_models_in_memory(base_folder: BaseFolder, tmp_path: Path) -> None:
+    """Saved from memory as from files; tensors that PEFT keeps outside the model are refused with the way around."""
+    case, shared = TunerCase(tuner="HRA", kind="Linear"), TunerCase(tuner="VBLORA", kind="Linear")
+    base = base_folder(case, torch.bfloat16)
+    adapters = [one.train(base, tmp_path / one.tuner, torch.bfloat16) for one in (case, shared)]
+    loraweld.merge([adapters[0]], output=tmp_path / "files", base=base)
+    live = loraweld.attach(case.unmerged(base, adapters[0], torch.bfloat16))
+    live.save_pretrained_merged(str(tmp_path / "memory"), None)
+    from_files, from_memory = tensors_of(tmp_path / "files"), tensors_of(tmp_path / "memory")
+    assert from_files.keys() == from_memory.keys()
+    assert all(torch.equal(from_files[name], from_memory[name]) for name in from_files)
+
+    live = loraweld.attach(shared.unmerged(base, adapters[1], torch.bfloat16))
+    with pytest.raises(LoraweldError, match=r"VBLORA, whose layers share tensors.*save_pretrained"):
+        live.save_pretrained_merged(str(tmp_path / "refused"), None)
+
+
 def test_targets_have_the_layers_they_name() -> None:
     """Each kind of layer is tested on a model that has it."""
     for kind, (_, names) in TARGETS.items():

@@ -16,14 +16,15 @@ class Tuner:
     layers share it. `is_native`: its formula is in `compute/`; PEFT's own layer does what is left.
 
     `needs_all_layers`: shapes of the other layers decide what this one is. `needs_order`: so does their order.
-    `changes` are the parameters of a layer that it changes, where the layer has them. `packages` are modules that
-    PEFT imports for this tuner alone.
+    `shares_tensors`: some tensors lie beside the layers. `changes` are the parameters of a layer that it changes, where
+    the layer has them. `packages` are modules that PEFT imports for this tuner alone.
     """
 
     prefix: str
     is_native: bool = False
     needs_all_layers: bool = False
     needs_order: bool = False
+    shares_tensors: bool = False
     changes: tuple[str, ...] = ("weight",)
     packages: tuple[str, ...] = ()
 
@@ -45,7 +46,7 @@ TUNERS: dict[str, Tuner] = {
     "DEFT": Tuner(prefix="deft_"),
     "DELORA": Tuner(prefix="delora_"),
     "FOURIERFT": Tuner(prefix="fourierft_"),
-    "FROD": Tuner(prefix="frod_"),
+    "FROD": Tuner(prefix="frod_", shares_tensors=True),
     "GLORA": Tuner(prefix="glora_", changes=_BOTH),
     "GRALORA": Tuner(prefix="gralora_"),
     "HIRA": Tuner(prefix="hira_"),
@@ -55,15 +56,15 @@ TUNERS: dict[str, Tuner] = {
     "OSF": Tuner(prefix="osf_"),
     "PEANUT": Tuner(prefix="peanut_"),
     "PSOFT": Tuner(prefix="psoft_"),
-    "PVERA": Tuner(prefix="pvera_", needs_all_layers=True),
-    "RANDLORA": Tuner(prefix="randlora_", needs_all_layers=True),
+    "PVERA": Tuner(prefix="pvera_", needs_all_layers=True, shares_tensors=True),
+    "RANDLORA": Tuner(prefix="randlora_", needs_all_layers=True, shares_tensors=True),
     "ROAD": Tuner(prefix="road_", changes=_BOTH),
     "SHIRA": Tuner(prefix="shira_"),
     "SUPERTUNING": Tuner(prefix="supertuning_"),
-    "TINYLORA": Tuner(prefix="tinylora_", needs_all_layers=True, needs_order=True),
-    "UNILORA": Tuner(prefix="unilora_", needs_all_layers=True, needs_order=True),
-    "VBLORA": Tuner(prefix="vblora_"),
-    "VERA": Tuner(prefix="vera_", needs_all_layers=True),
+    "TINYLORA": Tuner(prefix="tinylora_", needs_all_layers=True, shares_tensors=True, needs_order=True),
+    "UNILORA": Tuner(prefix="unilora_", needs_all_layers=True, shares_tensors=True, needs_order=True),
+    "VBLORA": Tuner(prefix="vblora_", shares_tensors=True),
+    "VERA": Tuner(prefix="vera_", needs_all_layers=True, shares_tensors=True),
     "WAVEFT": Tuner(prefix="waveft_"),
 }
 

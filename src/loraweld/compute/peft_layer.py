@@ -61,8 +61,7 @@ class PeftLayerKernel:
 
     def __init__(self, edit: PeftLayer, source: Source, reader: Reader) -> None:
         values = _read(source, reader)
-        dtype = torch_dtype(source.dtype) if isinstance(source, StoredTensor) else torch.float32
-        merged = merged_parameter(edit, values, dtype, reader)
+        merged = merged_parameter(edit, values, _dtype(source), reader)
         self._merged_NC = merged.reshape(source.rows, source.cols)
         difference = float((self._merged_NC - values.view_as(self._merged_NC)).abs().max()) if values.numel() else 0.0
         self._error = difference * _FLOAT32_ERROR
@@ -78,6 +77,11 @@ class PeftLayerKernel:
         """Return PEFT's float32 values: it has no others."""
         merged_K: Floats = self._merged_NC.numpy()[rows_K, cols_K].astype(np.float64)
         return merged_K
+
+
+def _dtype(source: Source) -> torch.dtype:
+    """The dtype in which PEFT makes a layer: the stored one, float32 on codes."""
+    return torch_dtype(source.dtype) if isinstance(source, StoredTensor) else torch.float32
 
 
 def _read(source: Source, reader: Reader) -> torch.Tensor:
@@ -110,7 +114,7 @@ def merged_parameter(edit: PeftLayer, values: torch.Tensor, dtype: torch.dtype, 
     return merged
 
 
-def rehearse(edits: Iterable[PeftLayer], reader: Reader) -> None:
+def rehearse(layers: Iterable[tuple[PeftLayer, Source]], reader: Reader) -> None:
     """Attach one layer of each kind to a skeleton without values and load it: what does not fit shows before a byte is
     written. Layers that are made from their weight cannot be made without it.
 
@@ -118,14 +122,14 @@ def rehearse(edits: Iterable[PeftLayer], reader: Reader) -> None:
         AdapterError: PEFT cannot make a layer, or its tensors are not those that the adapter has.
     """
     seen: set[tuple[object, ...]] = set()
-    for edit in edits:
+    for edit, source in layers:
         layer = edit.layer
         shapes = tuple((name, tensor.shape) for name, tensor in edit.own)
         kind = (re.sub(r"\d+", "#", layer.module), layer.kind, layer.shape, layer.has_bias, shapes, edit.config)
         if kind not in seen and edit.tuner not in _MADE_FROM_THEIR_WEIGHT:
             seen.add(kind)
             with _LOCK, torch.no_grad(), _named(layer.module):
-                _load(_model(edit, {}, torch.float32), edit, reader)
+                _load(_model(edit, {}, _dtype(source)), edit, reader)
 
 
 @contextmanager

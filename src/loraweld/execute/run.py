@@ -115,11 +115,11 @@ def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progres
 
 def _rehearse(plan: MergePlan, reader: Reader) -> None:
     """Let PEFT refuse what it must before a byte is written."""
-    edits = [edit for recipe in plan.recipes for edit in recipe.edits if isinstance(edit, PeftLayer)]
-    if edits:
+    layers = [(edit, recipe.source) for recipe in plan.recipes for edit in recipe.edits if isinstance(edit, PeftLayer)]
+    if layers:
         from loraweld.compute.peft_layer import rehearse  # PEFT takes seconds to import
 
-        rehearse(edits, reader)
+        rehearse(layers, reader)
 
 
 class _Stopped(Exception):
