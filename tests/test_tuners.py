@@ -333,8 +333,8 @@ def test_frod_without_its_projection_is_refused(base_folder: BaseFolder, tmp_pat
         loraweld.merge([adapter], output=tmp_path / "merged", base=base_folder(case))
 
 
-def test_a_memory_budget_below_a_whole_matrix_is_refused(base_folder: BaseFolder, tmp_path: Path) -> None:
-    """PEFT's layers hold whole weights; the plan says so, where a formula of our own needs rows alone."""
+def test_the_plan_counts_what_peft_holds(base_folder: BaseFolder, tmp_path: Path) -> None:
+    """PEFT's layers hold whole weights; the plan counts them, where a formula of our own needs rows alone."""
     wide = TunerCase(tuner="HRA", kind="Linear")
     plans = []
     for tuner in ("HRA", "LOHA"):
@@ -342,7 +342,7 @@ def test_a_memory_budget_below_a_whole_matrix_is_refused(base_folder: BaseFolder
         adapter = case.train(base_folder(case), tmp_path / tuner)
         plans.append(loraweld.plan([adapter], output=tmp_path / "merged", base=base_folder(wide)))
     largest = max(t.numel() for name, t in tensors_of(base_folder(wide)).items() if "_proj.weight" in name)
-    assert plans[0].peak_memory_bytes - plans[1].peak_memory_bytes >= 10 * 4 * largest - 200_000
+    assert plans[0].peak_memory_bytes - plans[1].peak_memory_bytes >= 12 * 4 * largest
 
 
 def test_two_tuners_in_a_row_are_merged_in_their_order(base_folder: BaseFolder, tmp_path: Path) -> None:
@@ -366,13 +366,17 @@ def test_models_in_memory(base_folder: BaseFolder, tmp_path: Path) -> None:
     adapters = [one.train(base, tmp_path / one.tuner, torch.bfloat16) for one in (case, shared)]
     loraweld.merge([adapters[0]], output=tmp_path / "files", base=base)
     live = loraweld.attach(case.unmerged(base, adapters[0], torch.bfloat16))
-    live.save_pretrained_merged(str(tmp_path / "memory"), None)
+    with pytest.warns(UserWarning, match="tokenizer"):
+        live.save_pretrained_merged(str(tmp_path / "memory"), None)
     from_files, from_memory = tensors_of(tmp_path / "files"), tensors_of(tmp_path / "memory")
     assert from_files.keys() == from_memory.keys()
     assert all(torch.equal(from_files[name], from_memory[name]) for name in from_files)
 
     live = loraweld.attach(shared.unmerged(base, adapters[1], torch.bfloat16))
-    with pytest.raises(LoraweldError, match=r"VBLORA, whose layers share tensors.*save_pretrained"):
+    with (
+        pytest.warns(UserWarning, match="tokenizer"),
+        pytest.raises(LoraweldError, match=r"VBLORA, whose layers share tensors.*save_pretrained"),
+    ):
         live.save_pretrained_merged(str(tmp_path / "refused"), None)
 
 
