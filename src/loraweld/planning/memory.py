@@ -22,7 +22,7 @@ LIBRARY_BYTES = 260 << 20
 # that a float32 tile and its 16-bit form stay near the core.
 TILE_ELEMENTS = 1 << 19
 # Float32 copies of a weight that PEFT's layers hold while they are made and merged, measured on 3000 × 3000: 2 to 9
-# with most tuners, 15 with FRoD, which computes in float64; and ours before and after. PEFT and transformers are not small.
+# with most tuners, 15 with FRoD, which computes in float64; and ours before and after. PEFT itself takes memory too.
 PEFT_COPIES = 12
 FROD_COPIES = 18
 PEFT_LIBRARY_BYTES = 200 << 20
