@@ -105,12 +105,9 @@ def assert_only_changed(merged: Mapping[str, Tensor], base: Mapping[str, Tensor]
 # 1. Parts of the adapter that get lost or are applied wrongly
 
 UNMERGEABLE = {
-    "loha": ({"peft_type": "LOHA"}, ["LOHA"]),
-    "lokr": ({"peft_type": "LOKR"}, ["LOKR"]),
-    "ia3": ({"peft_type": "IA3"}, ["IA3"]),
-    "vera": ({"peft_type": "VERA"}, ["VERA"]),
-    "oft": ({"peft_type": "OFT"}, ["OFT"]),
-    "adalora": ({"peft_type": "ADALORA"}, ["ADALORA"]),
+    "lily": ({"peft_type": "LILY"}, ["LILY", "router"]),
+    "xlora": ({"peft_type": "XLORA"}, ["XLORA", "classifier"]),
+    "unknown-tuner": ({"peft_type": "TOMORROW"}, ["TOMORROW"]),
     "pissa-niter": ({"init_lora_weights": "pissa_niter_16"}, ["pissa_niter_16", "path_initial_model"]),
     "corda": ({"init_lora_weights": "corda"}, ["corda", "path_initial_model"]),
     "loftq": ({"init_lora_weights": "loftq"}, ["loftq", "path_initial_model"]),
@@ -123,7 +120,7 @@ UNMERGEABLE = {
 
 @pytest.mark.parametrize(("config", "words"), UNMERGEABLE.values(), ids=UNMERGEABLE)
 def test_adapters_of_other_kinds_are_refused_by_name(config: dict[str, Any], words: list[str], tmp_path: Path) -> None:
-    """LoHa … AdaLoRA gave the base; LoftQ, CorDA, pissa_niter, lora_ga a merge onto the wrong base: merge,
+    """Unknown tuners gave the base; LoftQ, CorDA, pissa_niter, lora_ga a merge onto the wrong base: merge,
     or refuse naming the tuner type or the option, with the conversion option."""
     save_llama(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", loras(Q_PROJ), **config)

@@ -41,8 +41,8 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "peft_type": config.peft_type,
         "base": config.base,
         "revision": config.revision,
-        "rank": config.rank,
-        "alpha": config.alpha,
+        "rank": config.rank or None,
+        "alpha": config.alpha if config.rank else None,
         "rslora": config.use_rslora,
         "dora": config.use_dora,
         "init": config.init,
@@ -50,7 +50,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "modules": len(adapter.modules),
         "targets": sorted({module.rpartition(".")[2] for module in adapter.modules}),
         "replaced_parameters": sorted(adapter.parameters),
-        **_totals([*tensors, *adapter.parameters.values()]),
+        **_totals([*tensors, *adapter.parameters.values(), *adapter.shared.values()]),
     }
 
 

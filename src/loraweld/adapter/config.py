@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraweld.adapter.tuners import TUNERS, UNMERGEABLE, Tuner
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.errors import AdapterError
 
@@ -33,15 +34,26 @@ _REFUSED_OPTIONS = {
     "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens; no weight does that",
     "arrow_config": "Arrow routes each token through several adapters; no single weight does that",
     "use_qalora": "QALoRA pools the input in groups; merge it into its GPTQ base with the tool that trained it",
-    "kasa_config": "KaSA is not merged yet",
-    "use_bdlora": "block-diagonal LoRA is not merged yet",
     "enable_lora": "the fused layers of PEFT 0.2 and older (MergedLinear) are not read",
 }
+# Options that make a LoRA layer of PEFT another layer: KaSA truncates the base, BD-LoRA stores blocks of a factor.
+_LAYER_OPTIONS = ("kasa_config", "use_bdlora")
+# Names of rank and alpha in the configs of tuners whose formula is in `compute/`; a list of ranks is in LoRA's way.
+_SCALES = {
+    "LORA": ("r", "lora_alpha"),
+    "ADALORA": ("init_r", "lora_alpha"),
+    "LOHA": ("r", "alpha"),
+    "LOKR": ("r", "alpha"),
+}
+_DEFAULT_RANKS = {"ADALORA": 12}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """What an adapter's config says, as far as merging needs it. `init` is lower-case ("true", "pissa", …)."""
+    """What an adapter's config says, as far as merging needs it. `init` is lower-case ("true", "pissa", …).
+
+    `rank` and `alpha` are 0 for tuners that PEFT's own layer merges; `raw` has what that layer is made from.
+    """
 
     path: Path
     raw: Mapping[str, Any]
@@ -67,6 +79,32 @@ class AdapterConfig:
     base: str | None
     revision: str | None
 
+    @property
+    def tuner(self) -> Tuner:
+        return TUNERS[self.peft_type]
+
+    @property
+    def uses_peft_layer(self) -> bool:
+        """True if the formula is not in `compute/`: PEFT's own layer merges these."""
+        return not self.tuner.is_native or any(self.raw.get(option) for option in _LAYER_OPTIONS)
+
+    @property
+    def init_alpha(self) -> float:
+        """AdaLoRA's factor: alpha, or the initial rank where alpha is not positive (adalora/layer.py)."""
+        return (self.alpha if self.alpha > 0 else self.rank) / (self.rank + 1e-5)
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank that r and rank_pattern give `module`."""
+        rank: int = _by_pattern(self.rank_pattern, module, self.rank, self.path)
+        return rank
+
+    def names_feedforward(self, module: str) -> bool:
+        """Return whether IA3 scaled the inputs of `module` (ia3/model.py: a pattern, or ends of paths)."""
+        named = self.raw.get("feedforward_modules") or ()
+        if isinstance(named, str):
+            return re.fullmatch(named, module) is not None
+        return any(module.endswith(name) for name in named)
+
     def scaling(self, module: str, rank: int) -> float:
         """Return the factor of B·A for `module`: alpha / r, or alpha / sqrt(r) with rsLoRA.
 
@@ -75,7 +113,7 @@ class AdapterConfig:
         Raises:
             AdapterError: the config states another rank for this module; alpha / r would be ambiguous.
         """
-        expected = _by_pattern(self.rank_pattern, module, self.rank, self.path)
+        expected = self.rank_of(module)
         if expected != rank:
             raise AdapterError(
                 f"module {module!r}: the tensors have rank {rank}, r and rank_pattern say {expected}; "
@@ -94,34 +132,67 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """
     path = folder / CONFIG_NAME
     raw = read_json_object(path, error=AdapterError)
-    peft_type = _value(raw, "peft_type", str, path)
-    if peft_type != "LORA":
-        raise AdapterError(f"peft_type is {peft_type}; this version merges LORA", path=path)
+    peft_type = _peft_type(raw, path)
     _refuse_options(raw, path)
+    rank, alpha = _scale(raw, peft_type, path)
+    patterns = _patterns(raw, peft_type, path)
     return AdapterConfig(
         path=path,
         raw=raw,
         peft_type=peft_type,
-        rank=_rank(_value(raw, "r", int, path, default=8), path),
-        alpha=_finite(raw.get("lora_alpha", 8), "lora_alpha", path),
+        rank=rank,
+        alpha=alpha,
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
-        rank_pattern={k: _rank(v, path) for k, v in _mapping(raw, "rank_pattern", path).items()},
-        alpha_pattern={k: _finite(v, "alpha_pattern", path) for k, v in _mapping(raw, "alpha_pattern", path).items()},
-        init=_init(raw.get("init_lora_weights", True), path),
+        rank_pattern=patterns[0],
+        alpha_pattern=patterns[1],
+        init=_init(raw.get("init_lora_weights", True), path) if peft_type == "LORA" else "true",
         modules_to_save=tuple(_names(raw.get("modules_to_save"), "modules_to_save", path)),
         target_modules=_targets(raw, "target_modules", path),
         exclude_modules=_targets(raw, "exclude_modules", path),
         layers=_layers(raw.get("layers_to_transform"), path),
         layers_pattern=_layers_pattern(raw, path),
         layer_replication=_layer_replication(raw, path),
-        token_indices=_token_indices(raw.get("trainable_token_indices"), path),
+        token_indices=_token_indices(raw.get(_TOKENS.get(peft_type, "trainable_token_indices")), path),
         target_parameters=tuple(_names(raw.get("target_parameters"), "target_parameters", path)),
         peft_version=_text(raw, "peft_version", path),
         task_type=str(raw.get("task_type") or ""),
         base=_text(raw, "base_model_name_or_path", path),
         revision=_text(raw, "revision", path),
+    )
+
+
+_TOKENS = {"TRAINABLE_TOKENS": "token_indices"}
+
+
+def _peft_type(raw: Mapping[str, Any], path: Path) -> str:
+    peft_type: str = _value(raw, "peft_type", str, path)
+    if peft_type in UNMERGEABLE:
+        raise AdapterError(f"peft_type is {peft_type}, which cannot be merged: {UNMERGEABLE[peft_type]}", path=path)
+    if peft_type not in TUNERS:
+        known = ", ".join(sorted(TUNERS))
+        raise AdapterError(f"peft_type is {peft_type}, which is not known; this version merges {known}", path=path)
+    return peft_type
+
+
+def _scale(raw: Mapping[str, Any], peft_type: str, path: Path) -> tuple[int, float]:
+    """Rank and alpha of a tuner that has them in its formula."""
+    if peft_type not in _SCALES:
+        return 0, 0.0
+    rank, alpha = _SCALES[peft_type]
+    default = _DEFAULT_RANKS.get(peft_type, 8)
+    return _rank(_value(raw, rank, int, path, default=default), path), _finite(raw.get(alpha, 8), alpha, path)
+
+
+def _patterns(raw: Mapping[str, Any], peft_type: str, path: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """Ranks and alphas of single modules; AdaLoRA's rank_pattern says which ranks were pruned, the file shows that."""
+    if peft_type not in _SCALES or peft_type == "ADALORA":
+        return {}, {}
+    ranks, alphas = (_mapping(raw, f"{what}_pattern", path) for what in ("rank", "alpha"))
+    return (
+        {key: _rank(value, path) for key, value in ranks.items()},
+        {key: _finite(value, "alpha_pattern", path) for key, value in alphas.items()},
     )
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from loraweld.adapter.tuners import TUNERS
+from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.stored import StoredTensor
 
 
@@ -194,7 +196,140 @@ class Weighted:
         return any(isinstance(edit, ReplaceAll) for edit in self.edits)
 
 
-Edit = LowRank | Dora | Residual | AddVector | ReplaceRows | GrowRows | ReplaceAll | Weighted | OnRows
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingularValues:
+    """W += scaling · B·diag(e)·A, or its transpose; e of R elements, A and B (R, C) and (N, R) of the matrix view.
+
+    Source: AdaLoRA, arXiv:2303.10512, equation 3; PEFT 0.21.2, adalora/layer.py (scaling is alpha / (init_r + 1e-5)
+    whatever ranks were pruned).
+    """
+
+    kind: ClassVar[str] = "adalora"
+    delta: LowRank
+    values: StoredTensor
+
+    @property
+    def rank(self) -> int:
+        return self.delta.rank
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return (*self.delta.refs, self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hadamard:
+    """W += scaling · (left₁·right₁) ∘ (left₂·right₂), each left (N, R) and right (R, C).
+
+    Source: FedPara, arXiv:2108.06098, proposition 1; PEFT 0.21.2, loha/layer.py.
+    """
+
+    kind: ClassVar[str] = "loha"
+    pairs: tuple[tuple[StoredTensor, StoredTensor], tuple[StoredTensor, StoredTensor]]
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.pairs[0][1].shape[0]
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return tuple(tensor for pair in self.pairs for tensor in pair)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kronecker:
+    """W += scaling · F₁ ⊗ F₂; each factor a matrix (N₁, C₁) and (N₂, C₂), or a product of two matrices.
+
+    Source: KronA, arXiv:2212.10650, section 4; LyCORIS, arXiv:2309.14859; PEFT 0.21.2, lokr/layer.py.
+    """
+
+    kind: ClassVar[str] = "lokr"
+    first: tuple[StoredTensor, ...]
+    second: tuple[StoredTensor, ...]
+    scaling: float
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return (*self.first, *self.second)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """W ← W times one factor for each row, or (`by_column`) for each column or C / len(factors) columns in turn.
+
+    Source: (IA)³, arXiv:2205.05638, section 3.3; PEFT 0.21.2, ia3/layer.py.
+    """
+
+    kind: ClassVar[str] = "ia3"
+    factors: StoredTensor
+    by_column: bool
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return (self.factors,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A layer as PEFT sees it: its path, its class ("linear", "conv1d", "embedding" or "conv"), its weight's shape."""
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    has_bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftLayer:
+    """`parameter` ← what PEFT's own layer merges it to: tuners whose formula is not written out here.
+
+    `config` is the text of adapter_config.json. `own` are the module's tensors and `shared` those of all modules, each
+    with its name behind the module's path or behind `base_model.`. `others` are all layers of the adapter, this one
+    among them, where it depends on them; `model_config` is the base's config.json where it depends on their order.
+    `weight` is the layer's weight where `parameter` is the bias.
+    """
+
+    tuner: str
+    config: str
+    layer: Layer
+    parameter: str
+    own: tuple[tuple[str, StoredTensor], ...]
+    shared: tuple[tuple[str, StoredTensor], ...]
+    others: tuple[Layer, ...] = ()
+    model_config: str = ""
+    weight: Source | None = None
+
+    @property
+    def kind(self) -> str:
+        return f"{self.tuner.lower()}, by PEFT"
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether what it changes hangs on the values that the parameter has; variants of LoRA may."""
+        return self.tuner == "LORA" or TUNERS[self.tuner].needs_base
+
+    @property
+    def refs(self) -> tuple[StoredTensor, ...]:
+        return tuple(tensor for _, tensor in (*self.own, *self.shared))
+
+
+Edit = (
+    LowRank
+    | Dora
+    | Residual
+    | AddVector
+    | ReplaceRows
+    | GrowRows
+    | SingularValues
+    | Hadamard
+    | Kronecker
+    | Scale
+    | PeftLayer
+    | ReplaceAll
+    | Weighted
+    | OnRows
+)
 
 
 def weighed(edits: Sequence[Edit], weight: float) -> tuple[Edit, ...]:

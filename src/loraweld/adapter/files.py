@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loraweld.adapter.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from loraweld.adapter.keys import parse_key
+from loraweld.adapter.tuners import Tuner
 from loraweld.adapter.values import same_values
 from loraweld.checkpoint.stored import SafetensorsFile, StoredTensor, read_safetensors
 from loraweld.errors import AdapterError, CheckpointError, listing
@@ -37,6 +38,7 @@ class Scratch:
 class Adapter:
     """One adapter: `modules` maps module path → part → tensor; `parameters` maps parameter name → tensor.
 
+    `shared` maps the names of tensors that all modules use (projections, vector banks) to them.
     `weights` is the file as found, `safetensors` its form that is read. `untrained` are the tensors that play
     no part in the result (see `keys`). `weight` is the factor of what it changes.
     """
@@ -49,6 +51,7 @@ class Adapter:
     parameters: Mapping[str, StoredTensor]
     untrained: tuple[StoredTensor, ...]
     scratch: Scratch | None = field(repr=False, compare=False)
+    shared: Mapping[str, StoredTensor] = field(default_factory=dict)
     name: str | None = None
     weight: float = 1.0
 
@@ -61,7 +64,7 @@ class Adapter:
     def keys(self) -> list[str]:
         """The names of all tensors that a merge has to use, each once."""
         parts = [tensor for module in self.modules.values() for tensor in module.values()]
-        return [tensor.name for tensor in (*parts, *self.parameters.values())]
+        return [tensor.name for tensor in (*parts, *self.parameters.values(), *self.shared.values())]
 
 
 def open_adapter(folder: Path, *, label: str | None = None) -> Adapter:
@@ -73,8 +76,8 @@ def open_adapter(folder: Path, *, label: str | None = None) -> Adapter:
     folder = _locate(folder)
     config = read_adapter_config(folder)
     weights, file, scratch = _open_weights(folder)
-    grouped = _group(file)
-    if not grouped.modules and not grouped.parameters:
+    grouped = _group(file, config.tuner)
+    if not (grouped.modules or grouped.parameters or grouped.shared):
         raise AdapterError("holds no tensors; was the adapter saved?", path=weights)
     return Adapter(
         folder=folder,
@@ -85,6 +88,7 @@ def open_adapter(folder: Path, *, label: str | None = None) -> Adapter:
         parameters=grouped.parameters,
         untrained=tuple(grouped.untrained),
         scratch=scratch,
+        shared=grouped.shared,
         name=label,
     )
 
@@ -137,15 +141,18 @@ def _unpickle(path: Path, scratch: Path) -> Path:
 class _Grouped:
     modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     parameters: dict[str, StoredTensor] = field(default_factory=dict)
+    shared: dict[str, StoredTensor] = field(default_factory=dict)
     untrained: list[StoredTensor] = field(default_factory=list)
 
 
-def _group(file: SafetensorsFile) -> _Grouped:
+def _group(file: SafetensorsFile, tuner: Tuner) -> _Grouped:
     grouped = _Grouped()
     for tensor in file.tensors:
-        key = parse_key(tensor.name)
+        key = parse_key(tensor.name, tuner)
         if key.part == "untrained":
             grouped.untrained.append(tensor)
+        elif key.part == "shared":
+            _file_once(grouped.shared, key.module, tensor)
         elif key.part == "parameter":
             _file_once(grouped.parameters, key.module, tensor)
         else:

@@ -19,11 +19,16 @@ from loraweld.adapter.edits import (
     Dora,
     Edit,
     GrowRows,
+    Hadamard,
+    Kronecker,
     LowRank,
     OnRows,
+    PeftLayer,
     ReplaceAll,
     ReplaceRows,
     Residual,
+    Scale,
+    SingularValues,
     Weighted,
 )
 from loraweld.checkpoint.encodings.encoded import Source
@@ -33,6 +38,7 @@ from loraweld.compute.codecs.decoder import Rows, open_decoder
 from loraweld.compute.factors import Factors, Left, decompose
 from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
 from loraweld.compute.tiles import TileGrid
+from loraweld.compute.tuner_kernels import HadamardKernel, KroneckerKernel, ScaleKernel, SingularValuesKernel
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -84,6 +90,18 @@ def make_kernel(edit: Edit, source: Source, reader: Reader) -> Kernel:
             return ReplaceAllKernel(edit, reader)
         case Weighted():
             return WeightedKernel(edit, source, reader)
+        case SingularValues():
+            return SingularValuesKernel(edit, reader)
+        case Hadamard():
+            return HadamardKernel(edit, reader)
+        case Kronecker():
+            return KroneckerKernel(edit, reader)
+        case Scale():
+            return ScaleKernel(edit, source, reader)
+        case PeftLayer():
+            from loraweld.compute.peft_layer import PeftLayerKernel  # PEFT takes seconds to import
+
+            return PeftLayerKernel(edit, source, reader)
 
 
 class LowRankKernel:

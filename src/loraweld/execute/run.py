@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from loraweld.adapter.edits import PeftLayer
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import Scratch
 from loraweld.compute.fidelity import Fidelity
@@ -98,6 +99,7 @@ def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progres
     torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
     run = _Run(plan, sink, Filler(reader, num_editors=plan.workers + 1), progress)
     try:
+        _rehearse(plan, reader)
         result = run.weights()
         for small in plan.small:
             if small.source is not None:
@@ -111,6 +113,15 @@ def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progres
         torch.set_num_threads(threads)
         reader.close()
     return result
+
+
+def _rehearse(plan: MergePlan, reader: Reader) -> None:
+    """Let PEFT refuse what it must before a byte is written."""
+    layers = [(edit, recipe.source) for recipe in plan.recipes for edit in recipe.edits if isinstance(edit, PeftLayer)]
+    if layers:
+        from loraweld.compute.peft_layer import rehearse  # PEFT takes seconds to import
+
+        rehearse(layers, reader)
 
 
 class _Stopped(Exception):

@@ -15,6 +15,7 @@ import torch
 
 from loraweld.adapter.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from loraweld.adapter.files import SAFE_NAME
+from loraweld.adapter.tuners import TUNERS
 from loraweld.errors import AdapterError, RequestError, listing
 from loraweld.live.weights import PEFT_PREFIX
 
@@ -69,10 +70,16 @@ def adapter_tensors(
     """Return the tensors of PEFT's file by their names in it, each in memory of its own.
 
     Raises:
-        RequestError: one has no values.
+        RequestError: one has no values, or some lie outside the model.
     """
     from peft.utils import get_peft_model_state_dict
 
+    kind = str(getattr(inner.peft_config[name].peft_type, "value", ""))
+    if kind in TUNERS and TUNERS[kind].shares_tensors:
+        raise RequestError(
+            f"adapter {name!r} is of {kind}, whose layers share tensors that PEFT keeps outside the model: save it "
+            "with save_pretrained, and merge the folder with loraweld.merge"
+        )
     found = get_peft_model_state_dict(
         inner, state_dict=dict(state), adapter_name=name, save_embedding_layers=embeddings
     )

@@ -53,3 +53,8 @@ def is_named(name: str, patterns: Iterable[str]) -> bool:
 def is_expert(name: str) -> bool:
     """Return whether a weight is one of a layer's experts, which transformers 5 holds as one tensor."""
     return ".experts." in name
+
+
+def is_table(module: str) -> bool:
+    """Return whether a module is named as embeddings are: its weight has a row for each token or position."""
+    return _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None

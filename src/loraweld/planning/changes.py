@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, ReplaceAll, ReplaceRows, Weighted, unwrapped
+from loraweld.adapter.edits import (
+    AddVector,
+    Dora,
+    Edit,
+    LowRank,
+    PeftLayer,
+    ReplaceAll,
+    ReplaceRows,
+    Weighted,
+    unwrapped,
+)
 from loraweld.adapter.values import same_values, same_values_transposed
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.stored import StoredTensor
@@ -93,6 +103,8 @@ def _contradictions(change: Change) -> list[str]:
     tokens = Counter(index for edit in deltas if isinstance(edit, ReplaceRows) for index in edit.indices)
     twice = sorted(token for token, count in tokens.items() if count > 1)
     problems = [f"were trained with different numbers of rows: {sorted(rows)}"] if len(rows) > 1 else []
+    if any(isinstance(edit, PeftLayer) and edit.needs_base for edit in unwrapped(change.edits[1:])):
+        problems.append("hang on the weight's own values and are merged by PEFT's layer: such an adapter comes first")
     return problems + ([f"train the same tokens: {twice}"] if twice else [])
 
 

@@ -11,7 +11,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, OnRows, ReplaceRows, Weighted
+from loraweld.adapter.edits import (
+    AddVector,
+    Dora,
+    Edit,
+    Hadamard,
+    Layer,
+    LowRank,
+    OnRows,
+    ReplaceRows,
+    SingularValues,
+    Weighted,
+)
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.stored import StoredTensor
@@ -23,6 +34,8 @@ from loraweld.naming.roles import has_row_per_token, is_task_head
 from loraweld.naming.tied import Tie
 from loraweld.planning.experts import ExpertPair, expert_edits, one_expert_edit, version_of, wrapped_parameter
 from loraweld.planning.lowrank import embedding_edits, linear_edits
+from loraweld.planning.targets import is_target
+from loraweld.planning.tuned_layers import Tuned, layer_edits, make_layer
 
 _WRAPPER = ".base_layer"
 _ADDS_TWICE = (0, 21, 2)
@@ -69,6 +82,8 @@ def _words(edit: Edit) -> str:
             return f"lora r={edit.rank} s={edit.scaling:g}"
         case Dora():
             return f"dora r={edit.rank} s={edit.delta.scaling:g}"
+        case SingularValues() | Hadamard():
+            return f"{edit.kind} r={edit.rank}"
         case ReplaceRows():
             return f"{len(edit.indices)} token rows"
         case OnRows():
@@ -97,8 +112,11 @@ class ClaimFinder:
         """Fill `claims` and `problems`; whole tensors first, since edits must fit what they replace."""
         for parameter, tensor in self._adapter.parameters.items():
             self._collect(parameter, partial(self._whole, parameter, tensor))
-        for module, parts in self._adapter.modules.items():
-            self._collect(module, partial(self._parts, module, parts))
+        if self._adapter.config.peft_type == "LORA" and not self._adapter.config.uses_peft_layer:
+            for module, parts in self._adapter.modules.items():
+                self._collect(module, partial(self._parts, module, parts))
+        else:
+            self._find_tuned()
         if not self.problems:
             claimed = Counter(key for claim in self.claims for key in claim.keys)
             assert claimed == Counter(self._adapter.keys), "an adapter tensor was left over or used twice"
@@ -125,7 +143,8 @@ class ClaimFinder:
     def _parts(self, module: str, parts: Mapping[str, StoredTensor]) -> list[Claim]:
         kinds = [kind for kind, words in _PART_SETS.items() if words & set(parts) - {"magnitude"}]
         if len(kinds) != 1 or not set(parts) <= _PART_SETS[kinds[0]]:
-            raise AdapterError(f"has the parts {', '.join(sorted(parts))}, which do not belong together")
+            names = ", ".join(sorted(tensor.name for tensor in parts.values()))
+            raise AdapterError(f"has the parts {', '.join(sorted(parts))}, which do not belong together: {names}")
         if set(parts) == {"lora_A", "lora_B"}:
             claims = self._of_experts(module, parts["lora_A"], parts["lora_B"]) or self._of_attention(module, parts)
             if claims:
@@ -197,6 +216,50 @@ class ClaimFinder:
             self._claim(module, name, keys, edits=tuple(edits))
             for (name, edits), keys in zip(by_name.items(), used, strict=True)
         ]
+
+    def _find_tuned(self) -> None:
+        """Claims of a tuner other than plain LoRA; what all its layers share is consumed by the first of them."""
+        modules = dict(self._adapter.modules) or self._targets()
+        tokens = {module: parts for module, parts in modules.items() if "token_rows" in parts}
+        for module, parts in tokens.items():
+            self._collect(module, partial(self._parts, module, parts))
+        tuned: list[Tuned] = []
+        for module, parts in modules.items():
+            if module not in tokens:
+                self._collect(module, partial(self._tuned, module, parts, tuned))
+        shared = tuple(self._adapter.shared.values())
+        layers = tuple(one.layer for one in tuned)
+        for one in tuned:
+            self._collect(one.layer.module, partial(self._tuned_claims, one, layers, shared))
+            shared = ()
+        if shared:
+            self.problems.append(f"{self._adapter.label}: {', '.join(t.name for t in shared)}: no layer uses it")
+
+    def _targets(self) -> dict[str, dict[str, StoredTensor]]:
+        """The layers of an adapter whose file has nothing of them, as Uni-LoRA's: those that the config names."""
+        modules = [name.removesuffix(".weight") for name, t in self._base.tensors.items() if len(t.shape) > 1]
+        return {module: {} for module in modules if is_target(module, self._adapter.config)}
+
+    def _tuned(self, module: str, parts: Mapping[str, StoredTensor], found: list[Tuned]) -> list[Claim]:
+        name, is_new = self._locate(f"{module}.weight")
+        if is_new and name not in self._ties:
+            raise MatchError("the base has no such layer")
+        has_bias = not self._locate(f"{module}.bias", must_exist=False)[1]
+        layer = make_layer(self._adapter.config, module, name, self._shape(name), has_bias, self._base.model_type)
+        weight = self._base.tensors[self._ties[name].source if name in self._ties else name]
+        found.append(Tuned(layer=layer, parts=parts, weight=weight))
+        return []
+
+    def _tuned_claims(self, tuned: Tuned, layers: tuple[Layer, ...], shared: tuple[StoredTensor, ...]) -> list[Claim]:
+        module = tuned.layer.module
+        edits = layer_edits(self._adapter, tuned, layers, self._base.config)
+        keys = (*tuned.parts.values(), *shared)
+        claims = []
+        for parameter, edit in edits.items():
+            name, _ = self._locate(f"{module}.{parameter}")
+            claims.append(self._claim(module, name, keys, edits=(edit,)))
+            keys = ()
+        return claims
 
     def _edits(self, kind: str, module: str, parts: Mapping[str, StoredTensor], target: tuple[int, ...]) -> list[Edit]:
         config = self._adapter.config

@@ -1,24 +1,15 @@
-"""Does the adapter file hold what its config says was trained? A truncated file merges only in part otherwise.
-
-Source of the matching rules: PEFT 0.21.2, `check_target_module_exists` (tuners_utils.py).
-"""
+"""Does the adapter file hold what its config says was trained? A truncated file merges only in part otherwise."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from loraweld.adapter.config import AdapterConfig
 from loraweld.adapter.edits import ReplaceRows
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
-from loraweld.errors import AdapterError
-from loraweld.naming.linear import is_expert
 from loraweld.naming.tied import Tie
 from loraweld.planning.claims import Claim
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+from loraweld.planning.targets import NUMBER, ends_with, is_target, is_target_parameter, kind_of
 
 
 def check_completeness(base: Base, adapter: Adapter, claims: Sequence[Claim], ties: Sequence[Tie]) -> list[str]:
@@ -35,16 +26,19 @@ def _missing_targets(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> l
 
     Modules of a kind that the trained class may not have had (another tower, a prediction layer) are let be.
     """
-    stored = [name.removesuffix(".weight") for name, t in base.tensors.items() if len(t.shape) > 1]
-    claimed = {claim.name.removesuffix(".weight") for claim in claims}
+    peft_type = adapter.config.peft_type
+    sizes = 0 if peft_type == "LN_TUNING" else 1  # the layers of other tuners have matrices
+    stored = [name.removesuffix(".weight") for name, t in base.tensors.items() if len(t.shape) > sizes]
+    ends = (".weight", ".bias") if peft_type == "BEFT" else (".weight",)
+    claimed = {claim.name.removesuffix(end) for claim in claims for end in ends}
     names = {_last(path) for claim in claims for path in (claim.module, claim.name.removesuffix(".weight"))}
-    kinds = {_kind(module) for module in claimed}
+    kinds = {kind_of(module) for module in claimed}
     return [
         f"{module}: target_modules names it and the base has it, but the file has no tensors for it"
         for module in stored
         if module not in claimed
-        and (_kind(module) in kinds or _last(module) not in names)
-        and (_is_target(module, adapter.config) or _is_target_parameter(module, kinds, adapter.config))
+        and (kind_of(module) in kinds or _last(module) not in names)
+        and (is_target(module, adapter.config) or is_target_parameter(module, kinds, adapter.config))
         and not _is_extra_layer(module, base)
     ]
 
@@ -54,48 +48,9 @@ def _missing_saved(base: Base, adapter: Adapter, claims: Sequence[Claim], ties: 
     return [
         f"{saved}: modules_to_save names it and the base has it, but the file does not hold it"
         for saved in adapter.config.modules_to_save
-        if any(_ends(module, [saved]) for module in known)
+        if any(ends_with(module, [saved]) for module in known)
         and not any(f".{saved}." in f".{claim.module}." for claim in claims)
     ]
-
-
-def _is_target(module: str, config: AdapterConfig) -> bool:
-    if _matches(module, config.exclude_modules, config.path) or not _matches(
-        module, config.target_modules, config.path
-    ):
-        return False
-    return config.layers is None or _layer_number(module, config.layers_pattern) in config.layers
-
-
-def _is_target_parameter(module: str, kinds: Container[str], config: AdapterConfig) -> bool:
-    """Experts of a layer, where those of other layers were adapted as parameters."""
-    if not config.target_parameters or not is_expert(f"{module}.") or _kind(module) not in kinds:
-        return False
-    return config.layers is None or _layer_number(module, config.layers_pattern) in config.layers
-
-
-def _matches(module: str, targets: tuple[str, ...] | str | None, path: Path) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, module) is not None
-        except re.error as error:
-            raise AdapterError(f"{targets!r} is not a valid regular expression ({error})", path=path) from None
-    return _ends(module, targets or ())
-
-
-def _ends(module: str, targets: Iterable[str]) -> bool:
-    return any(module == target or module.endswith(f".{target}") for target in targets)
-
-
-def _layer_number(module: str, patterns: Sequence[str]) -> int | None:
-    """The first number in the path, or the one after a name that one of `patterns` matches."""
-    expressions = [rf"\.{pattern}\.(\d+)\." for pattern in patterns] or [_NUMBER.pattern]
-    found = next((hit for expression in expressions if (hit := re.search(expression, module))), None)
-    return int(found[found.lastindex or 0]) if found else None
-
-
-def _kind(module: str) -> str:
-    return _NUMBER.sub("#", module)
 
 
 def _last(module: str) -> str:
@@ -105,5 +60,5 @@ def _last(module: str) -> str:
 def _is_extra_layer(module: str, base: Base) -> bool:
     """Layers past num_hidden_layers (multi-token prediction) are not part of the class that was trained."""
     count = base.config.get("num_hidden_layers")
-    number = _NUMBER.search(module)
+    number = NUMBER.search(module)
     return isinstance(count, int) and number is not None and int(number[0]) >= count

@@ -6,8 +6,19 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loraweld.adapter.edits import Dora, Edit, LowRank, OnRows, Residual, Weighted, unwrapped
-from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor
+from loraweld.adapter.edits import (
+    Dora,
+    Edit,
+    Hadamard,
+    LowRank,
+    OnRows,
+    PeftLayer,
+    Residual,
+    SingularValues,
+    Weighted,
+    unwrapped,
+)
+from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
 from loraweld.checkpoint.remote import CACHE_BYTES, REQUEST_BYTES
 from loraweld.errors import RequestError
@@ -21,6 +32,11 @@ LIBRARY_BYTES = 260 << 20
 # Rows are edited in tiles of about this many elements: large enough that the cost of calls does not show, small enough
 # that a float32 tile and its 16-bit form stay near the core.
 TILE_ELEMENTS = 1 << 19
+# Float32 copies of a weight that PEFT's layers hold while they are made and merged, measured on 3000 × 3000: 2 to 9
+# with most tuners, 15 with FRoD, which computes in float64; and ours before and after. PEFT itself takes memory too.
+PEFT_COPIES = 12
+FROD_COPIES = 18
+PEFT_LIBRARY_BYTES = 200 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +71,16 @@ def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
     return MemoryPlan(
         item_bytes=item,
         workers=workers,
-        peak_bytes=LIBRARY_BYTES + matrix + workers * (item + factors + tile) + _network_bytes(request, workers),
+        peak_bytes=_library_bytes(recipes)
+        + matrix
+        + workers * (item + factors + tile)
+        + _network_bytes(request, workers),
     )
+
+
+def _library_bytes(recipes: Iterable[Recipe]) -> int:
+    by_peft = any(isinstance(edit, PeftLayer) for recipe in recipes for edit in unwrapped(recipe.edits))
+    return LIBRARY_BYTES + (PEFT_LIBRARY_BYTES if by_peft else 0)
 
 
 def _network_bytes(request: MergeRequest, workers: int) -> int:
@@ -67,11 +91,20 @@ def _network_bytes(request: MergeRequest, workers: int) -> int:
 def _largest_matrix(recipes: Iterable[Recipe]) -> tuple[int, str]:
     """Bytes of the largest tensor that must be held whole: its float32 form and its decomposition."""
     needs = [
-        (4 * 4 * recipe.source.rows * recipe.source.cols, recipe.name)
+        (max(_matrix_bytes(edit, recipe.source) for edit in unwrapped(recipe.edits)), recipe.name)
         for recipe in recipes
-        if any(isinstance(edit, Residual) for edit in unwrapped(recipe.edits))
+        if recipe.edits
     ]
     return max(needs, default=(0, max((r.name for r in recipes), key=len, default="")))
+
+
+def _matrix_bytes(edit: Edit, source: Source) -> int:
+    """PEFT makes several copies of a weight, one layer at a time."""
+    if isinstance(edit, PeftLayer):
+        held = edit.weight or source
+        copies = FROD_COPIES if edit.tuner == "FROD" else PEFT_COPIES
+        return 4 * copies * held.rows * held.cols + sum(tensor.num_bytes for tensor in edit.refs)
+    return 4 * 4 * source.rows * source.cols if isinstance(edit, Residual) else 0
 
 
 def _factor_bytes(recipe: Recipe) -> int:
@@ -91,9 +124,12 @@ def _item_rows(recipe: Recipe) -> int:
 
 
 def _side_bytes(edit: Edit, recipe: Recipe) -> int:
-    if not isinstance(edit, LowRank | Dora | Residual):
+    if isinstance(edit, PeftLayer):
+        return 2 * 4 * recipe.source.rows * recipe.source.cols  # of the merged weight, which tiles are taken from
+    if not isinstance(edit, LowRank | Dora | Residual | SingularValues | Hadamard):
         return 0
-    return 4 * edit.rank * (recipe.source.cols + _item_rows(recipe))
+    pairs = 2 if isinstance(edit, Hadamard) else 1
+    return 4 * edit.rank * (recipe.source.cols + _item_rows(recipe)) * pairs
 
 
 def tile_height(num_cols: int, unit_rows: int = 1) -> int:

@@ -34,7 +34,7 @@ def _edit_key(edit: Edit) -> tuple[object, ...]:
 
 
 def _value_key(value: object) -> object:
-    if isinstance(value, StoredTensor):
+    if isinstance(value, StoredTensor | EncodedTensor | RequantisedTensor):
         return _key(value)
     if isinstance(value, Edit):
         return _edit_key(value)

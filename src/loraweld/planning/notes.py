@@ -27,7 +27,7 @@ def adapter_notes(adapters: Sequence[Adapter]) -> list[str]:
     for adapter in adapters:
         if adapter.untrained:
             names = ", ".join(tensor.name for tensor in adapter.untrained)
-            notes.append(f"{adapter.label}: untrained copies that PEFT keeps, not used: {names}")
+            notes.append(f"{adapter.label}: play no part in the result (untrained copies, state of training): {names}")
         if adapter.config.init in ("pissa", "olora"):
             notes.append(f"{adapter.label}: {adapter.config.init} residual base derived again from the base's weights")
     return notes

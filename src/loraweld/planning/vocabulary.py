@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loraweld.adapter.edits import Dora, GrowRows, LowRank, ReplaceAll, unwrapped
+from loraweld.adapter.edits import AddVector, GrowRows, ReplaceRows, unwrapped
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.errors import MatchError, listing
@@ -24,7 +24,7 @@ def grow_to_tokenizer(base: Base, changes: dict[str, Change], needed: int | None
         return []
     for name in short:
         change = changes.setdefault(name, Change(name=name))
-        has_delta = any(isinstance(edit, LowRank | Dora | ReplaceAll) for edit in unwrapped(change.edits))
+        has_delta = any(not isinstance(edit, ReplaceRows | AddVector) for edit in unwrapped(change.edits))
         if change.replacement is not None or has_delta or is_head_bias(name):
             raise MatchError(
                 f"the tokenizer has {needed} tokens but {name!r} has {_rows(base, changes, name)} rows and cannot "
