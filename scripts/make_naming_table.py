@@ -1,0 +1,168 @@
+"""Write src/loraweld/naming/renamings.json from the transformers that is installed: `python scripts/make_naming_table.py`.
+
+transformers 5 renames, splits and fuses parameters while it loads a checkpoint. What it does to which model is code
+(`conversion_mapping.py`); this writes it down as data, so that a merge needs no transformers. What the file holds
+says `loraweld.naming.conversions`, which reads it. Every class is built once, without weights; this takes a minute.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from transformers import conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    GroupWeightRename,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+)
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+TABLE = Path(__file__).parents[1] / "src" / "loraweld" / "naming" / "renamings.json"
+_KNOWN_KINDS = {"WeightRenaming", "WeightConverter", "PrefixChange", "GroupWeightRename"}
+
+
+def make_table() -> dict[str, Any]:
+    """Return what the file holds."""
+    rows = all_rows()
+    return {
+        "made_by": "scripts/make_naming_table.py",
+        "transformers": tf.__version__,
+        "rows": rows,
+        "bases": base_classes(),
+        "classes": all_classes(rows),
+    }
+
+
+def all_rows() -> dict[str, list[dict[str, Any]] | str]:
+    """Return the rows by model type or class name; the name of another entry where the two are equal."""
+    found: dict[str, list[dict[str, Any]] | str] = {}
+    first: dict[str, str] = {}
+    for name, transforms in sorted(conversion_mapping._build_checkpoint_conversion_mapping().items()):
+        rows = [row(transform) for transform in transforms]
+        other = first.setdefault(json.dumps(rows), name)
+        found[name] = rows if other == name else other
+    return found
+
+
+def row(transform: WeightTransform) -> dict[str, Any]:
+    """Return one transform as data."""
+    made: dict[str, Any] = {"find": transform.compiled_sources.pattern, "put": transform.target_patterns}
+    if isinstance(transform, WeightConverter):
+        made["disk"] = transform._original_source_patterns
+        made["memory"] = transform._original_target_patterns
+        made["operations"] = [operation(step) for step in transform.operations]
+    elif not isinstance(transform, WeightRenaming):
+        raise TypeError(f"{type(transform).__name__} is a kind of transform that the table has no form for")
+    if isinstance(transform, GroupWeightRename):
+        made["only_if"] = transform.source_patterns[0]
+    if hasattr(transform, "offset"):
+        made["offset"] = transform.offset
+    return made
+
+
+def operation(step: ConversionOps) -> dict[str, Any]:
+    """Return the name of an operation and its arguments."""
+    return {"name": type(step).__name__} | {name: value for name, value in sorted(vars(step).items()) if name[0] != "_"}
+
+
+def base_classes() -> dict[str, str]:
+    """Return the class that AutoModel builds, by model type."""
+    return {
+        model_type: name if isinstance(name, str) else name[0] for model_type, name in sorted(MODEL_MAPPING_NAMES.items())
+    }
+
+
+def all_classes(rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return of each class that has rows somewhere in it, or another model, its prefix and the models inside."""
+    found = {}
+    for cls in sorted(model_classes(), key=lambda cls: cls.__name__):
+        made = one_class(cls)
+        if made and (any({name, kind} & rows.keys() for _, name, kind, _ in made["parts"]) or any(key for *_, key in made["parts"])):
+            found[cls.__name__] = made
+    return found
+
+
+def one_class(cls: type[tf.PreTrainedModel]) -> dict[str, Any] | None:
+    """Return a class as data; None where transformers itself cannot build it with the default config."""
+    model = build(cls)
+    if model is None:
+        return None
+    parts = [(path, part) for path, part in model.named_modules() if isinstance(part, tf.PreTrainedModel)]
+    return {
+        "prefix": model.base_model_prefix,
+        "parts": [
+            [path, type(part).__name__, part.config.model_type, config_key(model.config, part.config)]
+            for path, part in parts
+        ],
+    }
+
+
+def build(cls: type[tf.PreTrainedModel]) -> tf.PreTrainedModel | None:
+    try:
+        with torch.device("meta"), no_init_weights():
+            return cls(cls.config_class())
+    except Exception:  # a default config that does not fit its class, a package that is not installed, …
+        return None
+
+
+def config_key(config: tf.PretrainedConfig, wanted: tf.PretrainedConfig) -> str:
+    """Return where in `config` the config of a part is, as "text_config" or "a.b"; "" where it has none of its own."""
+    for key, value in vars(config).items():
+        if isinstance(value, tf.PretrainedConfig) and config is not wanted:
+            if value is wanted:
+                return key
+            if below := config_key(value, wanted):
+                return f"{key}.{below}"
+    return ""
+
+
+def model_classes() -> set[type[tf.PreTrainedModel]]:
+    """Return every model class of transformers that has a config."""
+    for package in pkgutil.iter_modules(tf.models.__path__):
+        for path in sorted((Path(tf.models.__path__[0]) / package.name).glob("modeling_*.py")):
+            try:
+                importlib.import_module(f"transformers.models.{package.name}.{path.stem}")
+            except ImportError:  # needs a package that is not installed
+                continue
+    return {cls for cls in descendants(tf.PreTrainedModel) if is_concrete(cls)}
+
+
+def descendants(cls: type) -> Iterator[type]:
+    for below in cls.__subclasses__():
+        yield below
+        yield from descendants(below)
+
+
+def is_concrete(cls: type[tf.PreTrainedModel]) -> bool:
+    is_ours = cls.__module__.startswith("transformers.models.")
+    return is_ours and cls.config_class is not None and "PreTrainedModel" not in cls.__name__
+
+
+def write(table: dict[str, Any], path: Path) -> None:
+    """Write one entry a line, so that a difference can be read."""
+    lines = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            inner = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
+            lines.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    tf.utils.logging.set_verbosity_error()
+    write(make_table(), TABLE)
+    print(f"{TABLE}: {TABLE.stat().st_size} bytes")

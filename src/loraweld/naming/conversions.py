@@ -1,0 +1,215 @@
+"""What transformers does to the names of a checkpoint while it loads it, as data.
+
+The data is `renamings.json`, written by `scripts/make_naming_table.py` from transformers' own conversion mapping:
+
+- `rows`: model type or class name → its rows in order, or the name of an entry that has the same ones.
+- `classes`: class name → `prefix` (its `base_model_prefix`) and `parts`, the models inside it in the order of
+  `named_modules()`: [path, class name, model type, where the part's config is in the model's config].
+- `bases`: model type → the class that AutoModel builds.
+
+A row has `find` (an expression with one group g0, g1, … for each spelling on disk) and `put` (what takes the place of
+what was found). A row with `operations` is a converter: it makes the tensors of the model (`memory`, patterns) from
+those of the file (`disk`, patterns; `*` is any number) by these operations in order, each {"name": …, its arguments}.
+Source: `conversion_mapping.py` and `core_model_loading.py` of transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+_LEGACY = "legacy"
+_BACK_REFERENCE = re.compile(r"\\(\d)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """One row, and where in the model it acts: under one of `scopes`, the first that a name begins with.
+
+    `disk`, `memory` and `operations` are those of a converter, empty for a renaming. A row with `only_if` acts only
+    on a checkpoint that has such a name. `offset` is added to the number that is found.
+    """
+
+    find: re.Pattern[str]
+    put: tuple[str, ...]
+    scopes: tuple[str, ...] = ("",)
+    disk: tuple[str, ...] = ()
+    memory: tuple[str, ...] = ()
+    operations: tuple[Mapping[str, Any], ...] = ()
+    only_if: str | None = None
+    offset: int = 0
+
+    @property
+    def is_renaming(self) -> bool:
+        """Whether the row changes nothing but names."""
+        return not self.operations
+
+    def rename(self, name: str) -> str | None:
+        """Return `name` (of the checkpoint, or as an earlier row left it) as this row leaves it, None if it does not fit."""
+        scope = next((scope for scope in self.scopes if name.startswith(scope)), None)
+        inner = name[len(scope) :] if scope is not None else ""
+        hit = self.find.search(inner) if scope is not None else None
+        if hit is None or scope is None:
+            return None
+        group = next(key for key, value in hit.groupdict().items() if value is not None)
+        put = self.put[int(group[1:])] if self.only_if else self.put[0]
+        return scope + inner.replace(hit[0], self._filled(put, hit, group), 1)
+
+    def _filled(self, put: str, hit: re.Match[str], group: str) -> str:
+        """Put the groups inside `group` into `put`."""
+        first = self.find.groupindex[group]
+
+        def value(reference: re.Match[str]) -> str:
+            found = hit[first + int(reference[1])]
+            return str(int(found) + self.offset) if self.offset else found
+
+        return _BACK_REFERENCE.sub(value, put)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model inside a model."""
+
+    path: str
+    class_name: str
+    model_type: str
+    config_key: str
+
+
+def conversions(config: Mapping[str, Any]) -> tuple[Conversion, ...]:
+    """Return the rows for a model with this config, in the order in which transformers applies them.
+
+    Source: `get_model_conversion_mapping`. A row of a part acts on the names under the part's path, given with
+    the model's own prefix or without.
+    """
+    prefix = prefix_of(config)
+    claimed: dict[str, list[str]] = {}
+    found: list[Conversion] = []
+    for part in parts(config):
+        key = _key_of(part, claimed)
+        if key is None:
+            continue
+        claimed.setdefault(part.class_name, []).append(part.path)
+        if key != part.class_name:
+            claimed.setdefault(key, []).append(part.path)
+        found += [replace(row, scopes=_scopes(part.path, prefix)) for row in _rows(key)]
+    return (*found, *_rows(_LEGACY))
+
+
+def trained_names(stored: Collection[str], rows: Iterable[Conversion]) -> dict[str, str]:
+    """Return the name in memory of each stored tensor that `rows` rename; converters are left out."""
+    active = [row for row in rows if row.is_renaming and (row.only_if is None or _has(stored, row.only_if))]
+    found = {}
+    for name in stored:
+        renamed = name
+        for row in active:
+            renamed = row.rename(renamed) or renamed
+        if renamed != name:
+            found[name] = renamed
+    return found
+
+
+def prefix_of(config: Mapping[str, Any]) -> str:
+    """Return the name that the model without its head has in the model; "" where it is not known."""
+    return str(_table()["classes"].get(_class_name(config), {}).get("prefix", ""))
+
+
+def parts(config: Mapping[str, Any]) -> list[Part]:
+    """Return the models in a model with this config, the outermost first, those of its own config in their place."""
+    return _parts(_class_name(config), str(config.get("model_type") or ""), config)
+
+
+def _parts(class_name: str, model_type: str, config: Mapping[str, Any]) -> list[Part]:
+    entry = _table()["classes"].get(class_name)
+    if entry is None:
+        return [Part("", class_name, model_type, "")]
+    found: list[Part] = []
+    replaced: list[str] = []
+    for part in (Part(*fields) for fields in entry["parts"]):
+        if any(part.path.startswith(f"{path}.") for path in replaced):
+            continue
+        given = _level(config, part.config_key)
+        model_type = str(given.get("model_type") or part.model_type)
+        if part.config_key and model_type != part.model_type:
+            replaced.append(part.path)
+            other = str(_table()["bases"].get(model_type, ""))
+            found += [
+                replace(inner, path=f"{part.path}.{inner.path}".rstrip("."), config_key="")
+                for inner in _parts(other, model_type, given)
+            ]
+        else:
+            found.append(part)
+    return found
+
+
+def _level(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    for step in key.split(".") if key else ():
+        below = config.get(step)
+        config = below if isinstance(below, dict) else {}
+    return config
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """The class that the base was saved from; without one, the model without a head."""
+    named = config.get("architectures")
+    if isinstance(named, list) and named:
+        return str(named[0])
+    return str(_table()["bases"].get(config.get("model_type"), ""))
+
+
+def _key_of(part: Part, claimed: Mapping[str, list[str]]) -> str | None:
+    """Return whose rows a part gets: its class's, else its model type's, unless a model around it has had them."""
+    if _is_inside(part.path, claimed.get(part.class_name, ())):
+        return None
+    if part.class_name in _table()["rows"]:
+        return part.class_name
+    if part.model_type not in _table()["rows"] or _is_inside(part.path, claimed.get(part.model_type, ())):
+        return None
+    return part.model_type
+
+
+def _is_inside(path: str, others: Iterable[str]) -> bool:
+    return any(not other or path.startswith(f"{other}.") for other in others)
+
+
+def _scopes(path: str, prefix: str) -> tuple[str, ...]:
+    if not path:
+        return ("",)
+    inner = path.removeprefix(prefix).removeprefix(".")
+    scope = f"{inner}." if inner else ""
+    return (f"{prefix}.{scope}" if prefix else scope, scope)
+
+
+def _has(stored: Iterable[str], pattern: str) -> bool:
+    expression = re.compile(pattern)
+    return any(expression.search(name) for name in stored)
+
+
+@cache
+def _rows(key: str) -> tuple[Conversion, ...]:
+    rows = _table()["rows"][key]
+    if isinstance(rows, str):
+        return _rows(rows)
+    return tuple(
+        Conversion(
+            find=re.compile(row["find"]),
+            put=tuple(row["put"]),
+            disk=tuple(row.get("disk", ())),
+            memory=tuple(row.get("memory", ())),
+            operations=tuple(row.get("operations", ())),
+            only_if=row.get("only_if"),
+            offset=row.get("offset", 0),
+        )
+        for row in rows
+    )
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(files("loraweld.naming").joinpath("renamings.json").read_text("utf-8"))
+    return table
