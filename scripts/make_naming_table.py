@@ -26,10 +26,10 @@ from transformers.core_model_loading import (
     WeightTransform,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 TABLE = Path(__file__).parents[1] / "src" / "loraweld" / "naming" / "renamings.json"
-_KNOWN_KINDS = {"WeightRenaming", "WeightConverter", "PrefixChange", "GroupWeightRename"}
 
 
 def make_table() -> dict[str, Any]:
@@ -40,6 +40,7 @@ def make_table() -> dict[str, Any]:
         "transformers": tf.__version__,
         "rows": rows,
         "bases": base_classes(),
+        "untied": untied_types(),
         "classes": all_classes(rows),
     }
 
@@ -79,49 +80,86 @@ def operation(step: ConversionOps) -> dict[str, Any]:
 def base_classes() -> dict[str, str]:
     """Return the class that AutoModel builds, by model type."""
     return {
-        model_type: name if isinstance(name, str) else name[0] for model_type, name in sorted(MODEL_MAPPING_NAMES.items())
+        model_type: name if isinstance(name, str) else name[0]
+        for model_type, name in sorted(MODEL_MAPPING_NAMES.items())
     }
 
 
+def untied_types() -> list[str]:
+    """Return the model types whose config does not tie the output embedding where it does not say so."""
+    return [name for name, cls in sorted(CONFIG_MAPPING.items()) if not ties_by_default(cls)]
+
+
+def ties_by_default(cls: type[tf.PretrainedConfig]) -> bool:
+    try:
+        return getattr(cls(), "tie_word_embeddings", False) is True
+    except Exception:  # a config that has to be given its parts
+        return getattr(cls, "tie_word_embeddings", False) is True
+
+
 def all_classes(rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return of each class that has rows somewhere in it, or another model, its prefix and the models inside."""
-    found = {}
-    for cls in sorted(model_classes(), key=lambda cls: cls.__name__):
-        made = one_class(cls)
-        if made and (any({name, kind} & rows.keys() for _, name, kind, _ in made["parts"]) or any(key for *_, key in made["parts"])):
-            found[cls.__name__] = made
-    return found
+    """Return the classes of which there is anything to say."""
+    made = {cls.__name__: one_class(cls, rows) for cls in sorted(model_classes(), key=lambda cls: cls.__name__)}
+    return {name: entry for name, entry in made.items() if entry}
 
 
-def one_class(cls: type[tf.PreTrainedModel]) -> dict[str, Any] | None:
-    """Return a class as data; None where transformers itself cannot build it with the default config."""
+def one_class(cls: type[tf.PreTrainedModel], rows: dict[str, Any]) -> dict[str, Any]:
+    """Return a class as data: nothing where transformers itself cannot build it with the default config."""
     model = build(cls)
     if model is None:
-        return None
-    parts = [(path, part) for path, part in model.named_modules() if isinstance(part, tf.PreTrainedModel)]
+        return {}
+    models = [(path, part) for path, part in model.named_modules() if isinstance(part, tf.PreTrainedModel)]
+    found = [
+        [path, type(part).__name__, part.config.model_type, config_key(model.config, part.config)]
+        for path, part in models
+    ]
+    ties = [[found[i][3], ties_of(path, part)] for i, (path, part) in enumerate(models) if ties_of(path, part)]
+    has_rows = any({name, model_type} & rows.keys() or key for _, name, model_type, key in found)
+    parts = {"prefix": model.base_model_prefix, "parts": found} if has_rows else {}
+    return parts | ({"ties": ties} if ties else {})
+
+
+def ties_of(path: str, part: tf.PreTrainedModel) -> dict[str, str]:
+    """Return, of the model at `path`, the parameters that are tied and those that they are tied to.
+
+    Whole layers that share their weights (Zamba, heads of detectors), named by patterns, are left out.
+    """
+    prefix = f"{path}." if path else ""
+    named = part._tied_weights_keys or {}
     return {
-        "prefix": model.base_model_prefix,
-        "parts": [
-            [path, type(part).__name__, part.config.model_type, config_key(model.config, part.config)]
-            for path, part in parts
-        ],
+        f"{prefix}{target}": f"{prefix}{source}"
+        for target, source in part.get_expanded_tied_weights_keys().items()
+        if named.get(target) == source
     }
 
 
 def build(cls: type[tf.PreTrainedModel]) -> tf.PreTrainedModel | None:
+    """Return a model without values, with everything tied that can be."""
     try:
+        config = cls.config_class()
+        tie(config)
         with torch.device("meta"), no_init_weights():
-            return cls(cls.config_class())
+            return cls(config)
     except Exception:  # a default config that does not fit its class, a package that is not installed, …
         return None
 
 
+def tie(config: tf.PretrainedConfig) -> None:
+    config.tie_word_embeddings = True
+    for value in list(vars(config).values()):
+        if isinstance(value, tf.PretrainedConfig):
+            tie(value)
+
+
 def config_key(config: tf.PretrainedConfig, wanted: tf.PretrainedConfig) -> str:
-    """Return where in `config` the config of a part is, as "text_config" or "a.b"; "" where it has none of its own."""
+    """Return where in `config` the config of a part is, as "text_config" or "a.b"; "" where it has none of its own.
+
+    Nor where it is written under another type than the part has (MaskFormer's Swin): then it does not choose the class.
+    """
     for key, value in vars(config).items():
         if isinstance(value, tf.PretrainedConfig) and config is not wanted:
             if value is wanted:
-                return key
+                return key if value.to_dict().get("model_type") == value.model_type else ""
             if below := config_key(value, wanted):
                 return f"{key}.{below}"
     return ""

@@ -1,27 +1,24 @@
-"""What transformers does to the names of a checkpoint while it loads it, as data.
+"""What transformers does to the names of a checkpoint while it loads it.
 
-The data is `renamings.json`, written by `scripts/make_naming_table.py` from transformers' own conversion mapping:
+The `rows` of `renamings.json` (see `loraweld.naming.architecture`) are by model type or class name; a name instead of
+a list stands for the rows of another entry. A row has `find`, an expression with one group g0, g1, … for each spelling
+on disk, and `put`, what takes the place of what was found. A row with `operations` is a converter: it makes the
+tensors of the model (`memory`, patterns) from those of the file (`disk`, patterns; `*` is any number) by these
+operations in order, each {"name": …, its arguments}.
 
-- `rows`: model type or class name → its rows in order, or the name of an entry that has the same ones.
-- `classes`: class name → `prefix` (its `base_model_prefix`) and `parts`, the models inside it in the order of
-  `named_modules()`: [path, class name, model type, where the part's config is in the model's config].
-- `bases`: model type → the class that AutoModel builds.
-
-A row has `find` (an expression with one group g0, g1, … for each spelling on disk) and `put` (what takes the place of
-what was found). A row with `operations` is a converter: it makes the tensors of the model (`memory`, patterns) from
-those of the file (`disk`, patterns; `*` is any number) by these operations in order, each {"name": …, its arguments}.
-Source: `conversion_mapping.py` and `core_model_loading.py` of transformers 5.23.
+The rows are applied as transformers applies them, from the name on disk to the name in memory: the way back is not
+unique. Source: `conversion_mapping.py` and `core_model_loading.py` of transformers 5.23.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from typing import Any
+
+from loraweld.naming.architecture import Part, parts, prefix_of, table
 
 _LEGACY = "legacy"
 _BACK_REFERENCE = re.compile(r"\\(\d)")
@@ -71,16 +68,6 @@ class Conversion:
         return _BACK_REFERENCE.sub(value, put)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A model inside a model."""
-
-    path: str
-    class_name: str
-    model_type: str
-    config_key: str
-
-
 def conversions(config: Mapping[str, Any]) -> tuple[Conversion, ...]:
     """Return the rows for a model with this config, in the order in which transformers applies them.
 
@@ -114,61 +101,13 @@ def trained_names(stored: Collection[str], rows: Iterable[Conversion]) -> dict[s
     return found
 
 
-def prefix_of(config: Mapping[str, Any]) -> str:
-    """Return the name that the model without its head has in the model; "" where it is not known."""
-    return str(_table()["classes"].get(_class_name(config), {}).get("prefix", ""))
-
-
-def parts(config: Mapping[str, Any]) -> list[Part]:
-    """Return the models in a model with this config, the outermost first, those of its own config in their place."""
-    return _parts(_class_name(config), str(config.get("model_type") or ""), config)
-
-
-def _parts(class_name: str, model_type: str, config: Mapping[str, Any]) -> list[Part]:
-    entry = _table()["classes"].get(class_name)
-    if entry is None:
-        return [Part("", class_name, model_type, "")]
-    found: list[Part] = []
-    replaced: list[str] = []
-    for part in (Part(*fields) for fields in entry["parts"]):
-        if any(part.path.startswith(f"{path}.") for path in replaced):
-            continue
-        given = _level(config, part.config_key)
-        model_type = str(given.get("model_type") or part.model_type)
-        if part.config_key and model_type != part.model_type:
-            replaced.append(part.path)
-            other = str(_table()["bases"].get(model_type, ""))
-            found += [
-                replace(inner, path=f"{part.path}.{inner.path}".rstrip("."), config_key="")
-                for inner in _parts(other, model_type, given)
-            ]
-        else:
-            found.append(part)
-    return found
-
-
-def _level(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    for step in key.split(".") if key else ():
-        below = config.get(step)
-        config = below if isinstance(below, dict) else {}
-    return config
-
-
-def _class_name(config: Mapping[str, Any]) -> str:
-    """The class that the base was saved from; without one, the model without a head."""
-    named = config.get("architectures")
-    if isinstance(named, list) and named:
-        return str(named[0])
-    return str(_table()["bases"].get(config.get("model_type"), ""))
-
-
 def _key_of(part: Part, claimed: Mapping[str, list[str]]) -> str | None:
     """Return whose rows a part gets: its class's, else its model type's, unless a model around it has had them."""
     if _is_inside(part.path, claimed.get(part.class_name, ())):
         return None
-    if part.class_name in _table()["rows"]:
+    if part.class_name in table()["rows"]:
         return part.class_name
-    if part.model_type not in _table()["rows"] or _is_inside(part.path, claimed.get(part.model_type, ())):
+    if part.model_type not in table()["rows"] or _is_inside(part.path, claimed.get(part.model_type, ())):
         return None
     return part.model_type
 
@@ -192,7 +131,7 @@ def _has(stored: Iterable[str], pattern: str) -> bool:
 
 @cache
 def _rows(key: str) -> tuple[Conversion, ...]:
-    rows = _table()["rows"][key]
+    rows = table()["rows"][key]
     if isinstance(rows, str):
         return _rows(rows)
     return tuple(
@@ -207,9 +146,3 @@ def _rows(key: str) -> tuple[Conversion, ...]:
         )
         for row in rows
     )
-
-
-@cache
-def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(files("loraweld.naming").joinpath("renamings.json").read_text("utf-8"))
-    return table

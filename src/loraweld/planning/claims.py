@@ -76,7 +76,7 @@ class ClaimFinder:
         self.problems: list[str] = []
         self._base = base
         self._adapter = adapter
-        self._names = Names(base.tensors, base.model_type)
+        self._names = Names(base.tensors, base.config)
         self._ties = {tie.target: tie for tie in ties}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
