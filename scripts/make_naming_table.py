@@ -1,8 +1,10 @@
-"""Write src/loraweld/naming/renamings.json from the transformers that is installed: `python scripts/make_naming_table.py`.
+"""Write src/loraweld/naming/renamings.json from the transformers that is installed.
+
+    python scripts/make_naming_table.py
 
 transformers 5 renames, splits and fuses parameters while it loads a checkpoint. What it does to which model is code
 (`conversion_mapping.py`); this writes it down as data, so that a merge needs no transformers. What the file holds
-says `loraweld.naming.conversions`, which reads it. Every class is built once, without weights; this takes a minute.
+say `loraweld.naming.architecture` and `conversions`, which read it. Every class is built once, without weights; this takes a minute.
 """
 
 from __future__ import annotations
@@ -79,10 +81,8 @@ def operation(step: ConversionOps) -> dict[str, Any]:
 
 def base_classes() -> dict[str, str]:
     """Return the class that AutoModel builds, by model type."""
-    return {
-        model_type: name if isinstance(name, str) else name[0]
-        for model_type, name in sorted(MODEL_MAPPING_NAMES.items())
-    }
+    named = sorted(MODEL_MAPPING_NAMES.items())
+    return {model_type: name if isinstance(name, str) else name[0] for model_type, name in named}
 
 
 def untied_types() -> list[str]:

@@ -44,7 +44,7 @@ def prefix_of(config: Mapping[str, Any]) -> str:
 
 
 def parts(config: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Return the models in a model with this config, the whole first; a part whose config says so is of another class."""
+    """Return the models in a model with this config, the whole first; the config decides of which class a part is."""
     model_type = str(config.get("model_type") or "")
     return tuple(_parts(Part("", class_name(config), model_type), config))
 
@@ -110,11 +110,11 @@ def _inside(part: Part, config: Mapping[str, Any]) -> Iterator[Part]:
 def _of_type(model_type: str, part: Part) -> str:
     """Return the class of another type that takes the place of a part: with a head where the part has one."""
     name = str(table()["bases"].get(model_type, ""))
-    heads = (
-        ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel") if part.class_name.endswith("ForCausalLM") else ()
-    )
-    stem = name.removesuffix("Model")
-    return next((stem + head for head in heads if is_known(stem + head)), name)
+    if not part.class_name.endswith("ForCausalLM"):
+        return name
+    heads = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+    with_head = (name.removesuffix("Model") + head for head in heads)
+    return next(filter(is_known, with_head), name)
 
 
 def _is_replaced(part: Part, entry: Mapping[str, Any]) -> bool:

@@ -47,7 +47,7 @@ class Conversion:
         return not self.operations
 
     def rename(self, name: str) -> str | None:
-        """Return `name` (of the checkpoint, or as an earlier row left it) as this row leaves it, None if it does not fit."""
+        """Return what this row makes of `name`, which is as the rows before it left it; None if it does not fit."""
         scope = next((scope for scope in self.scopes if name.startswith(scope)), None)
         inner = name[len(scope) :] if scope is not None else ""
         hit = self.find.search(inner) if scope is not None else None

@@ -33,9 +33,9 @@ class Names:
         Raises:
             MatchError: several stored tensors fit equally well.
         """
-        return (
-            self.exact(name) or self._one_of(name, self._other_prefixes(name)) or self._one_of(name, self._inner(name))
-        )
+        further = (self._other_prefixes(name), self._inner(name))
+        found = (self._one_of(name, candidates) for candidates in further)
+        return self.exact(name) or next(filter(None, found), None)
 
     def exact(self, name: str) -> str | None:
         """Return the stored tensor that answers to `name` itself, None if there is none.
