@@ -4,7 +4,8 @@
 
 transformers 5 renames, splits and fuses parameters while it loads a checkpoint. What it does to which model is code
 (`conversion_mapping.py`); this writes it down as data, so that a merge needs no transformers. What the file holds
-say `loraweld.naming.architecture` and `conversions`, which read it. Every class is built once, without weights; this takes a minute.
+say `loraweld.naming.architecture` and `conversions`, which read it. Every class is built once, without weights: it
+takes a minute.
 """
 
 from __future__ import annotations

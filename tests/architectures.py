@@ -35,6 +35,16 @@ class Architecture:
     kinds: int = 2  # of linear layers in each tower: attention and MLP
     tolerance: float = 1e-5
 
+    @property
+    def is_tied(self) -> bool:
+        return getattr(self.config(), "tie_word_embeddings", False) is True
+
+    @property
+    def has_tables(self) -> bool:
+        return self.model.__name__.endswith(
+            ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel", "MaskedLM")
+        )
+
     def save(self, folder: Path) -> None:
         """Write the model, the same weights at every call, to `folder`."""
         torch.manual_seed(zlib.crc32(self.name.encode()))
@@ -154,6 +164,8 @@ WAV = {
     "num_codevectors_per_group": 8,
     "codevector_dim": 16,
 }
+# WavLM's attention takes the weights out of its layers, and with them not what PEFT adds to the layers' outputs.
+WAVLM_ATTENTION = ("q_proj", "k_proj", "v_proj", "attention.out_proj")
 TOWERS = ("text_model.", "vision_model.")
 LLAVA_TOWERS = ("model.vision_tower.", "model.language_model.")
 QWEN_TOWERS = ("model.visual.", "model.language_model.")
@@ -317,7 +329,7 @@ def vision_and_audio() -> dict[str, dict[str, Any]]:
         "altclip": (tf.AltCLIPModel, config(tf.AltCLIPConfig, clip), pair, {"towers": TOWERS}),
         "wav2vec2": (tf.Wav2Vec2ForCTC, config(tf.Wav2Vec2Config, WAV), audio),
         "hubert": (tf.HubertForCTC, config(tf.HubertConfig, WAV), audio),
-        "wavlm": (tf.WavLMForCTC, config(tf.WavLMConfig, WAV), audio),
+        "wavlm": (tf.WavLMForCTC, config(tf.WavLMConfig, WAV), audio, {"without": WAVLM_ATTENTION}),
         "ast": (
             tf.ASTForAudioClassification,
             config(tf.ASTConfig, SMALL, patch_size=4, max_length=16, num_mel_bins=8, num_labels=5),
@@ -446,3 +458,42 @@ def image_text_models() -> dict[str, dict[str, Any]]:
 
 
 ARCHITECTURES = tuple(Architecture(name=name, **options) for name, options in table().items())
+
+BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+RENAMED = [
+    BY_NAME[name]
+    for name in (
+        *(
+            "vit",
+            "deit",
+            "beit",
+            "vit_msn",
+            "dinov2",
+            "dinov2_with_registers",
+            "ast",
+            "llava",
+            "llava-siglip-qwen2",
+            "gemma3",
+        ),
+        *("paligemma", "mistral3", "aya_vision", "internvl", "qwen2_vl", "qwen2_5_vl"),
+    )
+]
+WITH_BACKBONE = [
+    BY_NAME[name]
+    for name in (
+        *(
+            "llama",
+            "gpt2",
+            "gpt_neox",
+            "opt",
+            "bloom",
+            "mamba",
+            "bert",
+            "roberta-tagger",
+            "distilbert",
+            "deberta-v2",
+            "bart",
+        ),
+        *("t5", "whisper", "vit", "dinov2", "wav2vec2", "llava", "gemma3", "qwen2_5_vl", "qwen3_vl"),
+    )
+]
