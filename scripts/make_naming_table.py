@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+# What some default configs leave open.
+_LEFT_OPEN = {"vocab_size": 99, "head_dim": 64}
 TABLE = Path(__file__).parents[1] / "src" / "loraweld" / "naming" / "renamings.json"
 
 
@@ -105,19 +108,36 @@ def all_classes(rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def one_class(cls: type[tf.PreTrainedModel], rows: dict[str, Any]) -> dict[str, Any]:
-    """Return a class as data: nothing where transformers itself cannot build it with the default config."""
+    """Return a class as data; of one that cannot be built, what it says of itself."""
     model = build(cls)
     if model is None:
-        return {}
+        return undescribed_class(cls, rows)
     models = [(path, part) for path, part in model.named_modules() if isinstance(part, tf.PreTrainedModel)]
     found = [
         [path, type(part).__name__, part.config.model_type, config_key(model.config, part.config)]
         for path, part in models
     ]
     ties = [[found[i][3], ties_of(path, part)] for i, (path, part) in enumerate(models) if ties_of(path, part)]
-    has_rows = any({name, model_type} & rows.keys() or key for _, name, model_type, key in found)
-    parts = {"prefix": model.base_model_prefix, "parts": found} if has_rows else {}
-    return parts | ({"ties": ties} if ties else {})
+    return described(model.base_model_prefix, found, ties, rows)
+
+
+def described(prefix: str, parts: list[list[str]], ties: list[Any], rows: dict[str, Any]) -> dict[str, Any]:
+    """Return what there is to say of a class with these parts."""
+    has_rows = any({name, model_type} & rows.keys() or key for _, name, model_type, key in parts)
+    found = {"prefix": prefix, "parts": parts} if has_rows else {}
+    return found | ({"ties": ties} if ties else {})
+
+
+def undescribed_class(cls: type[tf.PreTrainedModel], rows: dict[str, Any]) -> dict[str, Any]:
+    """Return what a class says that cannot be built: it and its base model, and what it ties."""
+    prefix, model_type = cls.base_model_prefix, cls.config_class.model_type
+    base = base_classes().get(model_type)
+    parts = [["", cls.__name__, model_type, ""]]
+    if base and base != cls.__name__ and prefix:
+        parts.append([prefix, base, model_type, ""])
+    named = cls._tied_weights_keys or {}
+    ties = {target: source for target, source in named.items() if re.fullmatch(r"[\w.]+\.(weight|bias)", target)}
+    return described(prefix, parts, [["", ties]] if ties else [], rows)
 
 
 def ties_of(path: str, part: tf.PreTrainedModel) -> dict[str, str]:
@@ -136,13 +156,18 @@ def ties_of(path: str, part: tf.PreTrainedModel) -> dict[str, str]:
 
 def build(cls: type[tf.PreTrainedModel]) -> tf.PreTrainedModel | None:
     """Return a model without values, with everything tied that can be."""
-    try:
-        config = cls.config_class()
-        tie(config)
-        with torch.device("meta"), no_init_weights():
-            return cls(config)
-    except Exception:  # a default config that does not fit its class, a package that is not installed, …
-        return None
+    for more in ({}, _LEFT_OPEN):
+        try:
+            config = cls.config_class()
+            tie(config)
+            for key, value in more.items():
+                if getattr(config, key, value) is None:
+                    setattr(config, key, value)
+            with torch.device("meta"), no_init_weights():
+                return cls(config)
+        except Exception:  # a default config that does not fit its class, a package that is not installed, …
+            continue
+    return None
 
 
 def tie(config: tf.PretrainedConfig) -> None:

@@ -14,6 +14,7 @@ from loraweld.adapter.edits import ReplaceRows
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
 from loraweld.errors import AdapterError
+from loraweld.naming.names import Names
 from loraweld.naming.tied import Tie
 from loraweld.planning.claims import Claim
 
@@ -34,8 +35,9 @@ def _missing_targets(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> l
 
     Modules of a kind that the trained class may not have had (another tower, a prediction layer) are let be.
     """
-    stored = [name.removesuffix(".weight") for name, t in base.tensors.items() if len(t.shape) > 1]
-    claimed = {claim.name.removesuffix(".weight") for claim in claims}
+    in_memory = Names(base.tensors, base.config).in_memory
+    stored = [in_memory(name).removesuffix(".weight") for name, t in base.tensors.items() if len(t.shape) > 1]
+    claimed = {in_memory(claim.name).removesuffix(".weight") for claim in claims}
     names = {_last(path) for claim in claims for path in (claim.module, claim.name.removesuffix(".weight"))}
     kinds = {_kind(module) for module in claimed}
     return [
