@@ -80,7 +80,8 @@ def row(transform: WeightTransform) -> dict[str, Any]:
 
 def operation(step: ConversionOps) -> dict[str, Any]:
     """Return the name of an operation and its arguments."""
-    return {"name": type(step).__name__} | {name: value for name, value in sorted(vars(step).items()) if name[0] != "_"}
+    arguments = {name: value for name, value in sorted(vars(step).items()) if value is not None}
+    return {"name": type(step).__name__} | arguments
 
 
 def base_classes() -> dict[str, str]:

@@ -21,6 +21,8 @@ from typing import Any
 from loraweld.naming.architecture import Part, parts, prefix_of, table
 
 _LEGACY = "legacy"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_LITERAL_NUMBER = re.compile(r"\.[0-9]|\[")
 _BACK_REFERENCE = re.compile(r"\\(\d)")
 
 
@@ -91,14 +93,22 @@ def conversions(config: Mapping[str, Any]) -> tuple[Conversion, ...]:
 def trained_names(stored: Collection[str], rows: Iterable[Conversion]) -> dict[str, str]:
     """Return the name in memory of each stored tensor that `rows` rename; converters are left out."""
     active = [row for row in rows if row.is_renaming and (row.only_if is None or _has(stored, row.only_if))]
-    found = {}
+    by_kind: dict[str, list[str]] = {}
     for name in stored:
-        renamed = name
-        for row in active:
-            renamed = row.rename(renamed) or renamed
-        if renamed != name:
-            found[name] = renamed
-    return found
+        by_kind.setdefault(_NUMBER.sub("#", name), []).append(name)
+    if not any(_LITERAL_NUMBER.search(row.find.pattern) for row in active):
+        # Names that differ in a number only are renamed all or none: one of them tells.
+        kinds = [names for names in by_kind.values() if _renamed(names[0], active) != names[0]]
+    else:
+        kinds = list(by_kind.values())
+    renamed = ((name, _renamed(name, active)) for names in kinds for name in names)
+    return {name: in_memory for name, in_memory in renamed if in_memory != name}
+
+
+def _renamed(name: str, rows: Iterable[Conversion]) -> str:
+    for row in rows:
+        name = row.rename(name) or name
+    return name
 
 
 def _key_of(part: Part, claimed: Mapping[str, list[str]]) -> str | None:

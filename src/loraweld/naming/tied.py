@@ -63,14 +63,10 @@ def known_ties(stored: Collection[str], config: Mapping[str, Any]) -> tuple[Tie,
     """Return the ties that a model of this config has, whether their targets are stored or not."""
     if not is_known(class_name(config)):
         return _usual_ties(stored, config) if is_tied(config) else ()
-    names = Names(stored, config)
-    ties = []
-    for key, pairs in declared_ties(config):
-        for target, source in pairs.items() if is_tied(config, key) else ():
-            found = names.find(source)
-            if found is not None:
-                ties.append(Tie(names.exact(target) or target, found, alias=target.endswith(".bias")))
-    return tuple(ties)
+    pairs = [pair for key, group in declared_ties(config) if is_tied(config, key) for pair in group.items()]
+    names = Names(stored if pairs else (), config)
+    found = ((names.exact(target) or target, names.find(source)) for target, source in pairs)
+    return tuple(Tie(target, source, alias=target.endswith(".bias")) for target, source in found if source is not None)
 
 
 def is_tied(config: Mapping[str, Any], key: str = "") -> bool:

@@ -6,7 +6,7 @@ Source of the matching rules: PEFT 0.21.2, `check_target_module_exists` (tuners_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from loraweld.adapter.config import AdapterConfig
@@ -35,9 +35,9 @@ def _missing_targets(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> l
 
     Modules of a kind that the trained class may not have had (another tower, a prediction layer) are let be.
     """
-    in_memory = Names(base.tensors, base.config).in_memory
-    stored = [in_memory(name).removesuffix(".weight") for name, t in base.tensors.items() if len(t.shape) > 1]
-    claimed = {in_memory(claim.name).removesuffix(".weight") for claim in claims}
+    spelled = _spelling(base, claims)
+    stored = [spelled(name).removesuffix(".weight") for name, t in base.tensors.items() if len(t.shape) > 1]
+    claimed = {spelled(claim.name).removesuffix(".weight") for claim in claims}
     names = {_last(path) for claim in claims for path in (claim.module, claim.name.removesuffix(".weight"))}
     kinds = {_kind(module) for module in claimed}
     return [
@@ -48,6 +48,13 @@ def _missing_targets(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> l
         and _is_target(module, adapter.config)
         and not _is_extra_layer(module, base)
     ]
+
+
+def _spelling(base: Base, claims: Sequence[Claim]) -> Callable[[str], str]:
+    """What the trained class calls a stored tensor: transformers 4 has the name in the file, 5 may have another."""
+    in_memory = Names(base.tensors, base.config).in_memory
+    is_old = any(f"{claim.module}.weight" == claim.name != in_memory(claim.name) for claim in claims)
+    return str if is_old else in_memory
 
 
 def _missing_saved(base: Base, adapter: Adapter, claims: Sequence[Claim], ties: Sequence[Tie]) -> list[str]:
