@@ -31,11 +31,11 @@ class Part:
 
 
 def class_name(config: Mapping[str, Any]) -> str:
-    """Return the class that a model was saved from; where it is not said, the model without a head."""
+    """Return the class that a model was saved from; where it is not said, that of its type which writes text."""
     named = config.get("architectures")
     if isinstance(named, list) and named:
         return str(named[0])
-    return str(table()["bases"].get(str(config.get("model_type") or ""), ""))
+    return _with_head(str(table()["bases"].get(str(config.get("model_type") or ""), "")))
 
 
 def prefix_of(config: Mapping[str, Any]) -> str:
@@ -110,9 +110,12 @@ def _inside(part: Part, config: Mapping[str, Any]) -> Iterator[Part]:
 def _of_type(model_type: str, part: Part) -> str:
     """Return the class of another type that takes the place of a part: with a head where the part has one."""
     name = str(table()["bases"].get(model_type, ""))
-    if not part.class_name.endswith("ForCausalLM"):
-        return name
-    heads = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+    return _with_head(name) if part.class_name.endswith("ForCausalLM") else name
+
+
+def _with_head(name: str) -> str:
+    """Return the class that writes text with the model `name`, or `name` where there is none."""
+    heads = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")
     with_head = (name.removesuffix("Model") + head for head in heads)
     return next(filter(is_known, with_head), name)
 
