@@ -107,7 +107,7 @@ def _matched(
     base: Mapping[str, Source], tuned: Mapping[str, Source]
 ) -> tuple[list[tuple[str, Source, Source]], list[str]]:
     """Tuned names with both weights, and what has no counterpart."""
-    names = Names(base, "")
+    names = Names(base, {})
     found: dict[str, tuple[str, Source, Source]] = {}
     problems = []
     for name, source in tuned.items():

@@ -1,46 +1,6 @@
-"""Per architecture family: names in a trained model and on disk, what is stored transposed, layers of a task.
-
-transformers 5 renames parameters while loading (`conversion_mapping.py`, 5.23) and PEFT saves the renamed paths,
-so an adapter of today can name a tensor that no checkpoint holds. Each row is (pattern, replacement) for
-`re.sub` on the full parameter name, trained model → disk; rows are tried one by one.
-"""
+"""Per architecture family: what is stored transposed, layers of a task."""
 
 from __future__ import annotations
-
-_GEMMA3_LIKE = (
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-    (r"^lm_head\.", "language_model.lm_head."),
-)
-_QWEN2_VL_LIKE = (
-    (r"^model\.language_model\.", "model."),
-    (r"^model\.visual\.", "visual."),
-)
-_VIT_ATTENTION = {"q": "query", "k": "key", "v": "value"}
-_VIT_LIKE = (
-    *(
-        (rf"\blayers\.(\d+)\.attention\.{short}_proj\.", rf"encoder.layer.\1.attention.attention.{name}.")
-        for short, name in _VIT_ATTENTION.items()
-    ),
-    (r"\blayers\.(\d+)\.attention\.o_proj\.", r"encoder.layer.\1.attention.output.dense."),
-    (r"\blayers\.(\d+)\.mlp\.fc1\.", r"encoder.layer.\1.intermediate.dense."),
-    (r"\blayers\.(\d+)\.mlp\.fc2\.", r"encoder.layer.\1.output.dense."),
-    (r"\blayers\.(\d+)\.(layernorm_before|layernorm_after)\.", r"encoder.layer.\1.\2."),
-)
-# Checkpoints converted from TensorFlow name the parameters of a LayerNorm gamma and beta.
-_ANY_FAMILY = (
-    (r"\bLayerNorm\.weight$", "LayerNorm.gamma"),
-    (r"\bLayerNorm\.bias$", "LayerNorm.beta"),
-)
-_BY_MODEL_TYPE: dict[str, tuple[tuple[str, str], ...]] = {
-    "vit": _VIT_LIKE,
-    "gemma3": _GEMMA3_LIKE,
-    "llava": _GEMMA3_LIKE,
-    "mistral3": _GEMMA3_LIKE,
-    "qwen2_vl": _QWEN2_VL_LIKE,
-    "qwen2_5_vl": _QWEN2_VL_LIKE,
-    "gpt_neox": ((r"^lm_head\.", "embed_out."),),
-}
 
 # Model types whose linear layers are transformers' Conv1D, with the weight stored as (in, out). Their heads
 # (lm_head, score) are ordinary. Only square weights need this table; others show it by their shape.
@@ -69,11 +29,6 @@ _LAYERS_OF_TASK: dict[tuple[str, str], tuple[str, ...]] = {
         *("qa_classifier.intermediate.dense", "qa_classifier.output.dense", "qa_classifier.output.LayerNorm"),
     ),
 }
-
-
-def renamings(model_type: str) -> tuple[tuple[str, str], ...]:
-    """Return the (pattern, replacement) rows that may turn a trained model's name into a name on disk."""
-    return (*_BY_MODEL_TYPE.get(model_type, ()), *_ANY_FAMILY)
 
 
 def is_conv1d(model_type: str, module: str) -> bool | None:

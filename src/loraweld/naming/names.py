@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from loraweld.errors import MatchError
-from loraweld.naming.families import renamings
+from loraweld.naming.architecture import parts
+from loraweld.naming.conversions import conversions, trained_names
 
 
 class Names:
     """Finds the stored tensor that a parameter of the trained model lies in.
 
-    A name is tried as it stands, then with its family's renamings, then with one leading component more or
-    less: an adapter of `LlamaModel` has no `model.`, the GPT-2 files of the Hub have no `transformer.`.
+    A stored tensor answers to two names: the one in the file (which adapters of transformers 4 use) and the one that
+    transformers 5 gives it in memory. A name is tried as it stands; then with one leading component more or less, since
+    an adapter of `LlamaModel` has no `model.` and the GPT-2 files of the Hub have no `transformer.`; then as the
+    name of a parameter of a model inside the model, since a text model may be trained alone.
     """
 
-    def __init__(self, stored: Collection[str], model_type: str) -> None:
-        self._stored = frozenset(stored)
-        self._renamings = [(re.compile(pattern), new) for pattern, new in renamings(model_type)]
-        self._leading = sorted({name.partition(".")[0] for name in stored})
+    def __init__(self, stored: Collection[str], config: Mapping[str, Any]) -> None:
+        self._in_memory = trained_names(stored, conversions(config))
+        self._stored: dict[str, set[str]] = {name: {name} for name in stored}
+        for name, renamed in self._in_memory.items():
+            self._stored.setdefault(renamed, set()).add(name)
+        self._leading = sorted({name.partition(".")[0] for name in self._stored})
+        self._paths = [part.path for part in parts(config) if part.path]
 
     def find(self, name: str) -> str | None:
         """Return the stored name of parameter `name`, None if there is none.
@@ -27,22 +33,34 @@ class Names:
         Raises:
             MatchError: several stored tensors fit equally well.
         """
-        spellings = self._spellings(name)
-        for candidates in (spellings, [new for name in spellings for new in self._other_prefixes(name)]):
-            hits = sorted(self._stored.intersection(candidates))
-            if len(hits) > 1:
-                raise MatchError(f"{name!r} fits several tensors of the base: {', '.join(hits)}")
-            if hits:
-                return hits[0]
-        return None
+        further = (self._other_prefixes(name), self._inner(name))
+        found = (self._one_of(name, candidates) for candidates in further)
+        return self.exact(name) or next(filter(None, found), None)
+
+    def exact(self, name: str) -> str | None:
+        """Return the stored tensor that answers to `name` itself, None if there is none.
+
+        Raises:
+            MatchError: it is the name on disk of one tensor, and in memory of another.
+        """
+        return self._one_of(name, [name])
+
+    def in_memory(self, stored: str) -> str:
+        """Return the name in the trained model of a stored tensor."""
+        return self._in_memory.get(stored, stored)
 
     def knows(self, part: str) -> bool:
-        """Return whether any stored name has `part`, one component or more, between its dots."""
+        """Return whether any name has `part`, one component or more, between its dots."""
         return any(f".{part}." in f".{name}." for name in self._stored)
 
-    def _spellings(self, name: str) -> list[str]:
-        renamed = (pattern.sub(new, name) for pattern, new in self._renamings)
-        return list(dict.fromkeys([name, *renamed]))
+    def _one_of(self, name: str, candidates: Iterable[str]) -> str | None:
+        hits = sorted({hit for candidate in candidates for hit in self._stored.get(candidate, ())})
+        if len(hits) > 1:
+            raise MatchError(f"{name!r} fits several tensors of the base: {', '.join(hits)}")
+        return hits[0] if hits else None
 
-    def _other_prefixes(self, name: str) -> list[str]:
+    def _other_prefixes(self, name: str) -> Iterable[str]:
         return [name.partition(".")[2], *(f"{leading}.{name}" for leading in self._leading)]
+
+    def _inner(self, name: str) -> Iterable[str]:
+        return [f"{path}.{inner}" for path in self._paths for inner in (name, name.partition(".")[2])]

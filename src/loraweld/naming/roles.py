@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-_EMBEDDING_ENDS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight")
+_EMBEDDING_ENDS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight"),
+    *("embeddings.weight", "tok_embeddings.weight", "tokens_embed.weight", "token_embedding.weight"),
+    *("word_embedding.weight",),
+)
 _HEAD_ENDS = (
     *("lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "decoder.weight"),
-    *("vocab_projector.weight", "generator_lm_head.weight"),
+    *("vocab_projector.weight", "generator_lm_head.weight", "output_projection.weight", "pred_layer.proj.weight"),
+    *("lm_head.out_proj.weight", "lm_loss.weight"),
 )
 _HEAD_BIAS_ENDS = (
     *("lm_head.bias", "predictions.bias", "predictions.decoder.bias", "lm_head.decoder.bias"),

@@ -1,7 +1,8 @@
 """Which parameters share one stored tensor, per architecture.
 
 A tied parameter is not on disk; it is the tensor of its source. Source: `_tied_weights_keys` of the classes of
-transformers 5.23 and the defaults of their configs.
+transformers and the defaults of their configs, which are in `renamings.json`; of a class that is not there (one that
+a repository brings along) the usual names are tried.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loraweld.naming.architecture import class_name, declared_ties, is_known, level_of, ties_by_default
+from loraweld.naming.names import Names
+
 _TEXT_HEADS = (
     "ForCausalLM",
     "LMHeadModel",
@@ -17,7 +21,6 @@ _TEXT_HEADS = (
     "ForSpeechSeq2Seq",
     "DoubleHeadsModel",
 )
-_MASKED_HEADS = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 _EMBEDDINGS = (
     "shared.weight",
     "model.shared.weight",
@@ -33,35 +36,8 @@ _EMBEDDINGS = (
     "gpt_neox.embed_in.weight",
     "backbone.embeddings.weight",
 )
-# Families whose config leaves the flag out and means true (or, unlike these, means false).
-_UNTIED_BY_DEFAULT = {
-    *(
-        "llama",
-        "mistral",
-        "mixtral",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "phi",
-        "phi3",
-        "olmo",
-        "olmo2",
-    ),
-    *(
-        "deepseek_v2",
-        "deepseek_v3",
-        "gpt_oss",
-        "glm",
-        "glm4",
-        "glm4_moe",
-        "gpt_neox",
-        "gptj",
-        "falcon",
-        "stablelm",
-    ),
-    *("granitemoe", "internlm2", "smollm3", "llama4_text", "mistral3", "pixtral", "persimmon", "starcoder2"),
-}
+# Model types outside transformers whose config leaves the flag out and means false.
+_UNTIED_ELSEWHERE = {"internlm2"}
 # Families whose forward pass reads the flag for something else: it is left as it is, the tensors on disk decide.
 _FLAG_MEANS_MORE = {"t5", "mt5", "umt5", "switch_transformers", "longt5"}
 
@@ -85,30 +61,24 @@ def find_ties(stored: Collection[str], config: Mapping[str, Any]) -> tuple[Tie, 
 
 def known_ties(stored: Collection[str], config: Mapping[str, Any]) -> tuple[Tie, ...]:
     """Return the ties that a model of this config has, whether their targets are stored or not."""
-    if not is_tied(config):
-        return ()
-    head = _architecture(config)
-    ties: list[Tie] = []
-    if head.endswith(_TEXT_HEADS) or not head:
-        target = "proj_out.weight" if config.get("model_type") == "whisper" else "lm_head.weight"
-        ties += [Tie(target, source) for source in _EMBEDDINGS if source in stored][:1]
-    for prefix in ("", "model."):
-        for side in ("encoder", "decoder"):
-            ties.append(Tie(f"{prefix}{side}.embed_tokens.weight", f"{prefix}shared.weight"))
-    if head.endswith(_MASKED_HEADS):
-        ties += _masked_head_ties(stored)
-    return tuple(tie for tie in ties if tie.source in stored)
+    if not is_known(class_name(config)):
+        return _usual_ties(stored, config) if is_tied(config) else ()
+    pairs = [pair for key, group in declared_ties(config) if is_tied(config, key) for pair in group.items()]
+    names = Names(stored if pairs else (), config)
+    found = ((names.exact(target) or target, names.find(source)) for target, source in pairs)
+    return tuple(Tie(target, source, alias=target.endswith(".bias")) for target, source in found if source is not None)
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Return whether the config ties the output embedding to the input embedding."""
-    if config.get("model_type") in _FLAG_MEANS_MORE:
+def is_tied(config: Mapping[str, Any], key: str = "") -> bool:
+    """Return whether the config, that of the part at `key`, ties the output embedding to the input embedding."""
+    level = level_of(config, key)
+    model_type = str(level.get("model_type") or "")
+    if model_type in _FLAG_MEANS_MORE:
         return True
-    text = config.get("text_config")
-    for level in (config, text if isinstance(text, dict) else {}):
-        if isinstance(level.get("tie_word_embeddings"), bool):
-            return bool(level["tie_word_embeddings"])
-    return bool(config) and config.get("model_type") not in _UNTIED_BY_DEFAULT
+    for said in (level, level_of(level, "text_config")):
+        if isinstance(said.get("tie_word_embeddings"), bool):
+            return bool(said["tie_word_embeddings"])
+    return bool(config) and model_type not in _UNTIED_ELSEWHERE and ties_by_default(model_type)
 
 
 def flag_is_free(config: Mapping[str, Any]) -> bool:
@@ -116,20 +86,12 @@ def flag_is_free(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") not in _FLAG_MEANS_MORE
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else ""
-
-
-def _masked_head_ties(stored: Collection[str]) -> list[Tie]:
-    """The decoder of a BERT-like head shares the word embeddings, and its bias the head's own bias."""
-    words = [name for name in stored if name.endswith(".embeddings.word_embeddings.weight")]
-    ties = []
-    for head in ("cls.predictions", "lm_head", "predictions"):
-        if f"{head}.bias" in stored:
-            ties += [Tie(f"{head}.decoder.weight", source) for source in words[:1]]
-            ties.append(Tie(f"{head}.decoder.bias", f"{head}.bias", alias=True))
-    for head in ("vocab_projector", "generator_lm_head"):  # DistilBERT, ELECTRA: their bias is their own
-        if f"{head}.bias" in stored:
-            ties += [Tie(f"{head}.weight", source) for source in words[:1]]
-    return ties
+def _usual_ties(stored: Collection[str], config: Mapping[str, Any]) -> tuple[Tie, ...]:
+    head = class_name(config)
+    ties: list[Tie] = []
+    if head.endswith(_TEXT_HEADS) or not config.get("architectures"):
+        ties += [Tie("lm_head.weight", source) for source in _EMBEDDINGS if source in stored][:1]
+    for prefix in ("", "model."):
+        for side in ("encoder", "decoder"):
+            ties.append(Tie(f"{prefix}{side}.embed_tokens.weight", f"{prefix}shared.weight"))
+    return tuple(tie for tie in ties if tie.source in stored)

@@ -9,6 +9,7 @@ from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.stored import MemoryFile
 from loraweld.naming.roles import is_output_embedding
+from loraweld.naming.tied import flag_is_free
 from loraweld.planning.changes import Resolved, combine_claims, resolve_ties
 from loraweld.planning.claims import Claim
 from loraweld.planning.companions import companion_files, tokenizer_size
@@ -45,7 +46,8 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     adapters = [adapter for adapter in facts.given if adapter.weight]
     check_output(request, [base.folder, *(adapter.folder for adapter in facts.given)])
     claims = fitting_claims(base, facts.adapters, facts.ties, expert_layout=request.expert_layout)
-    resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors)
+    by_flag = flag_is_free(base.config)
+    resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors, by_flag=by_flag)
     check_ties_known(base, resolved.changes)
     check_shared_known(base, resolved.changes)
     tokenizers = _tokenizers(request, adapters)

@@ -108,8 +108,13 @@ def _contradictions(change: Change) -> list[str]:
     return problems + ([f"train the same tokens: {twice}"] if twice else [])
 
 
-def resolve_ties(changes: dict[str, Change], ties: Sequence[Tie], stored: Mapping[str, Source]) -> Resolved:
+def resolve_ties(
+    changes: dict[str, Change], ties: Sequence[Tie], stored: Mapping[str, Source], *, by_flag: bool = True
+) -> Resolved:
     """Decide for each tied pair: one tensor if both sides come out the same, else two.
+
+    `by_flag`: the config's flag is the only thing that ties, so what unties one pair unties all (BART's head, and the
+    embeddings of its two sides).
 
     Raises:
         MatchError: an alias changed in two ways, or an output embedding that would keep the old vocabulary.
@@ -121,10 +126,11 @@ def resolve_ties(changes: dict[str, Change], ties: Sequence[Tie], stored: Mappin
     untied = [tie for tie in ties if not tie.alias and not _stays_tied(result, tie, stored[tie.source])]
     if untied:
         # An untied head no longer finds its bias through the tie: it gets one of its own.
-        for tie in ties:
-            if tie.alias:
-                source = result.get(tie.source, Change(name=tie.source))
-                result[tie.target] = Change(name=tie.target, replacement=source.replacement, edits=list(source.edits))
+        others = [tie for tie in ties if tie.alias or (by_flag and tie not in untied)]
+        for tie in others:
+            source = result.get(tie.source, Change(name=tie.source))
+            result[tie.target] = Change(name=tie.target, replacement=source.replacement, edits=list(source.edits))
+        untied += [tie for tie in others if not tie.alias]
     return Resolved(result, tuple(untied))
 
 

@@ -102,7 +102,7 @@ class ClaimFinder:
         self.problems: list[str] = []
         self._base = base
         self._adapter = adapter
-        self._names = Names(base.tensors, base.model_type)
+        self._names = Names(base.tensors, base.config)
         self._experts = ExpertNames(base.tensors, self._names)
         self._expert_layout = expert_layout
         self._ties = {tie.target: tie for tie in ties}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from loraweld.adapter.edits import ReplaceRows
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
+from loraweld.naming.names import Names
 from loraweld.naming.tied import Tie
 from loraweld.planning.claims import Claim
 from loraweld.planning.targets import NUMBER, ends_with, is_target, is_target_parameter, kind_of
@@ -28,9 +29,10 @@ def _missing_targets(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> l
     """
     peft_type = adapter.config.peft_type
     sizes = 0 if peft_type == "LN_TUNING" else 1  # the layers of other tuners have matrices
-    stored = [name.removesuffix(".weight") for name, t in base.tensors.items() if len(t.shape) > sizes]
+    spelled = _spelling(base, claims)
+    stored = [spelled(name).removesuffix(".weight") for name, t in base.tensors.items() if len(t.shape) > sizes]
     ends = (".weight", ".bias") if peft_type == "BEFT" else (".weight",)
-    claimed = {claim.name.removesuffix(end) for claim in claims for end in ends}
+    claimed = {spelled(claim.name).removesuffix(end) for claim in claims for end in ends}
     names = {_last(path) for claim in claims for path in (claim.module, claim.name.removesuffix(".weight"))}
     kinds = {kind_of(module) for module in claimed}
     return [
@@ -41,6 +43,13 @@ def _missing_targets(base: Base, adapter: Adapter, claims: Sequence[Claim]) -> l
         and (is_target(module, adapter.config) or is_target_parameter(module, kinds, adapter.config))
         and not _is_extra_layer(module, base)
     ]
+
+
+def _spelling(base: Base, claims: Sequence[Claim]) -> Callable[[str], str]:
+    """What the trained class calls a stored tensor: transformers 4 has the name in the file, 5 may have another."""
+    in_memory = Names(base.tensors, base.config).in_memory
+    is_old = any(f"{claim.module}.weight" == claim.name != in_memory(claim.name) for claim in claims)
+    return str if is_old else in_memory
 
 
 def _missing_saved(base: Base, adapter: Adapter, claims: Sequence[Claim], ties: Sequence[Tie]) -> list[str]:
