@@ -13,7 +13,7 @@ unique. Source: `conversion_mapping.py` and `core_model_loading.py` of transform
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from loraweld.naming.architecture import Part, parts, prefix_of, table
 
 _LEGACY = "legacy"
+_CUTS = ([{"name": "Chunk", "dim": 0}],)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LITERAL_NUMBER = re.compile(r"\.[0-9]|\[")
 _BACK_REFERENCE = re.compile(r"\\(\d)")
@@ -103,6 +104,28 @@ def trained_names(stored: Collection[str], rows: Iterable[Conversion]) -> dict[s
         kinds = list(by_kind.values())
     renamed = ((name, _renamed(name, active)) for names in kinds for name in names)
     return {name: in_memory for name, in_memory in renamed if in_memory != name}
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A parameter of the trained model that is part `part` of the `parts` equal ones of a stored tensor, row by row."""
+
+    stored: str
+    part: int
+    parts: int
+
+
+def split_names(stored: Collection[str], rows: Sequence[Conversion]) -> dict[str, Split]:
+    """Return, by their names in memory, the parameters that transformers makes by cutting a stored tensor into rows."""
+    renamings = [row for row in rows if row.is_renaming and (row.only_if is None or _has(stored, row.only_if))]
+    cutting = [row for row in rows if [dict(one) for one in row.operations] in _CUTS]
+    found: dict[str, Split] = {}
+    for name in stored if cutting else ():
+        renamed = _renamed(name, renamings)
+        for row in cutting:
+            parts = [replace(row, put=(put,)).rename(renamed) for put in row.put]
+            found |= {part: Split(name, i, len(parts)) for i, part in enumerate(parts) if part is not None}
+    return found
 
 
 def _renamed(name: str, rows: Iterable[Conversion]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from loraweld.errors import MatchError
 from loraweld.naming.architecture import parts
-from loraweld.naming.conversions import conversions, trained_names
+from loraweld.naming.conversions import Split, conversions, split_names, trained_names
 
 
 class Names:
@@ -20,7 +20,9 @@ class Names:
     """
 
     def __init__(self, stored: Collection[str], config: Mapping[str, Any]) -> None:
-        self._in_memory = trained_names(stored, conversions(config))
+        rows = conversions(config)
+        self._in_memory = trained_names(stored, rows)
+        self._splits = split_names(stored, rows)
         self._stored: dict[str, set[str]] = {name: {name} for name in stored}
         for name, renamed in self._in_memory.items():
             self._stored.setdefault(renamed, set()).add(name)
@@ -44,6 +46,11 @@ class Names:
             MatchError: it is the name on disk of one tensor, and in memory of another.
         """
         return self._one_of(name, [name])
+
+    def find_part(self, name: str) -> Split | None:
+        """Return which part of a stored tensor parameter `name` is, None if there is no such tensor."""
+        candidates = (name, *self._other_prefixes(name))
+        return next((self._splits[candidate] for candidate in candidates if candidate in self._splits), None)
 
     def in_memory(self, stored: str) -> str:
         """Return the name in the trained model of a stored tensor."""

@@ -28,6 +28,7 @@ from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import AdapterError, MatchError
+from loraweld.naming.conversions import Split
 from loraweld.naming.experts import ExpertNames
 from loraweld.naming.names import Names
 from loraweld.naming.roles import has_row_per_token, is_task_head
@@ -94,6 +95,10 @@ def _words(edit: Edit) -> str:
             return edit.kind
 
 
+def _on_part(edit: Edit, split: Split, height: int) -> OnRows:
+    return OnRows(edit=edit, start=split.part * height, stop=(split.part + 1) * height)
+
+
 class ClaimFinder:
     """Finds the claims of one adapter on `base`; `problems` collects what fits nothing."""
 
@@ -149,6 +154,10 @@ class ClaimFinder:
             claims = self._of_experts(module, parts["lora_A"], parts["lora_B"]) or self._of_attention(module, parts)
             if claims:
                 return claims
+        if kinds[0] == "linear" and self._names.find(f"{module}.weight") is None:
+            split = self._names.find_part(f"{module}.weight")
+            if split is not None:
+                return self._of_split(module, parts, split)
         name, is_new = self._locate(f"{module}.weight")
         if is_new and name not in self._ties:
             raise MatchError("the base has no such layer")
@@ -184,6 +193,22 @@ class ClaimFinder:
                 return []
             found = [(one.name, one_expert_edit(config, module, a, b, one, tensors[one.name]))]
         return self._spread(module, (a, b), found)
+
+    def _of_split(self, module: str, parts: Mapping[str, StoredTensor], split: Split) -> list[Claim]:
+        """The claims of a layer that is some rows of a stored tensor, as one projection of three."""
+        rows, *cols = self._shape(split.stored)
+        height = rows // split.parts
+        edits = self._edits("linear", module, parts, (height, *cols))
+        weight = tuple(tensor for part, tensor in parts.items() if part != "lora_bias")
+        claims = self._spread(module, weight, [(split.stored, _on_part(edit, split, height)) for edit in edits])
+        if "lora_bias" in parts:
+            bias = self._names.find_part(f"{module}.bias")
+            if bias is None:
+                raise MatchError("was trained with lora_bias, but the base layer has no bias to add it to")
+            scaling = next(edit.scaling for edit in edits if isinstance(edit, LowRank))
+            edit = _on_part(AddVector(values=parts["lora_bias"], scaling=scaling), bias, height)
+            claims += self._spread(module, (parts["lora_bias"],), [(bias.stored, edit)])
+        return claims
 
     def _of_attention(self, module: str, parts: Mapping[str, StoredTensor]) -> list[Claim]:
         """nn.MultiheadAttention: one tensor for queries, keys and values, and the output that PEFT adds twice.
