@@ -55,7 +55,23 @@ KINDS = {
 # PEFT merges these in bf16 or rounds the delta to it before the sum: its result is further from the exact one than one
 # rounding. They are held to its float32 merge, rounded once, alone.
 ROUNDED_TWICE_BY_PEFT = {
-    *("BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FROD", "GLORA", "HIRA", "HRA", "IA3", "MISS", "OFT", "OSF", "PEANUT"),
+    *(
+        "ADAMSS",
+        "BEFT",
+        "BOFT",
+        "C3A",
+        "DEFT",
+        "DELORA",
+        "FROD",
+        "GLORA",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "MISS",
+        "OFT",
+        "OSF",
+        "PEANUT",
+    ),
     *("PSOFT", "RANDLORA", "ROAD", "SUPERTUNING", "UNILORA", "LORA"),
 }
 NATIVE = ("ADALORA", "LOHA", "LOKR", "IA3")

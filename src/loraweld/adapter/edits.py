@@ -287,7 +287,7 @@ class PeftLayer:
     `config` is the text of adapter_config.json. `own` are the module's tensors and `shared` those of all modules, each
     with its name behind the module's path or behind `base_model.`. `others` are all layers of the adapter, this one
     among them, where it depends on them; `model_config` is the base's config.json where it depends on their order.
-    `weight` is the layer's weight where `parameter` is the bias.
+    `weight` is the layer's weight where `parameter` is the bias, `bias` its bias where that is the weight.
     """
 
     tuner: str
@@ -299,6 +299,7 @@ class PeftLayer:
     others: tuple[Layer, ...] = ()
     model_config: str = ""
     weight: Source | None = None
+    bias: Source | None = None
 
     @property
     def kind(self) -> str:

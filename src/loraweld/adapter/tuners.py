@@ -41,7 +41,7 @@ TUNERS: dict[str, Tuner] = {
     "IA3": Tuner(prefix="ia3_", needs_base=True, is_native=True, changes=_BOTH),
     "LN_TUNING": Tuner(prefix="ln_tuning_", is_native=True),
     "TRAINABLE_TOKENS": Tuner(prefix="trainable_tokens_", is_native=True),
-    "ADAMSS": Tuner(prefix="adamss_", needs_base=True, packages=("sklearn",)),
+    "ADAMSS": Tuner(prefix="adamss_", needs_base=True, changes=_BOTH, packages=("sklearn",)),
     "BEFT": Tuner(prefix="beft_", changes=("bias",)),
     "BOFT": Tuner(prefix="boft_", needs_base=True),
     "C3A": Tuner(prefix="c3a_"),

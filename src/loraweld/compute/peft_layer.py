@@ -108,8 +108,9 @@ def merged_parameter(edit: PeftLayer, values: torch.Tensor, dtype: torch.dtype, 
         AdapterError: PEFT cannot make or merge the layer, or its tensors are not those that the adapter has.
     """
     given = {edit.parameter: values.clone()}  # PEFT adds to it in place
-    if edit.weight is not None:
-        given["weight"] = _read(edit.weight, reader)
+    for name, other in (("weight", edit.weight), ("bias", edit.bias)):
+        if other is not None:
+            given[name] = _read(other, reader)
     with _LOCK, torch.no_grad(), _named(edit.layer.module):
         model = _model(edit, given, dtype)
         layer = model.get_submodule(_PREFIX + edit.layer.module)
@@ -202,6 +203,8 @@ def _attach(config: str, layers: Sequence[Layer], values: dict[str, torch.Tensor
 
 def _nothing(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """Return zeros that take no memory."""
+    if len(shape) < 2:  # PEFT adds to it in place
+        return torch.zeros(shape, dtype=dtype)
     return torch.zeros(1, dtype=dtype).expand(shape)
 
 

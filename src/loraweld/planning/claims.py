@@ -269,10 +269,11 @@ class ClaimFinder:
         name, is_new = self._locate(f"{module}.weight")
         if is_new and name not in self._ties:
             raise MatchError("the base has no such layer")
-        has_bias = not self._locate(f"{module}.bias", must_exist=False)[1]
-        layer = make_layer(self._adapter.config, module, name, self._shape(name), has_bias, self._base.model_type)
+        bias, lacks_bias = self._locate(f"{module}.bias", must_exist=False)
+        layer = make_layer(self._adapter.config, module, name, self._shape(name), not lacks_bias, self._base.model_type)
         weight = self._base.tensors[self._ties[name].source if name in self._ties else name]
-        found.append(Tuned(layer=layer, parts=parts, weight=weight))
+        stored_bias = None if lacks_bias else self._base.tensors.get(bias)
+        found.append(Tuned(layer=layer, parts=parts, weight=weight, bias=stored_bias))
         return []
 
     def _tuned_claims(self, tuned: Tuned, layers: tuple[Layer, ...], shared: tuple[StoredTensor, ...]) -> list[Claim]:

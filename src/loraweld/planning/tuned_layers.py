@@ -29,11 +29,12 @@ _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """A module that an adapter has tensors for, the base's weight of it, and whether it has a bias."""
+    """A module that an adapter has tensors for, and the base's weight and bias of it."""
 
     layer: Layer
     parts: Parts
     weight: Source
+    bias: Source | None = None
 
 
 def make_layer(config: AdapterConfig, module: str, name: str, shape: Shape, has_bias: bool, model_type: str) -> Layer:
@@ -209,6 +210,7 @@ def _by_peft(
             others=tuple(layers) if tuner.needs_all_layers else (),
             model_config=json.dumps(model_config, sort_keys=True) if tuner.needs_order else "",
             weight=tuned.weight if parameter == "bias" else None,
+            bias=tuned.bias if parameter == "weight" and tuner.needs_base else None,
         )
         for parameter in changed
     }
