@@ -61,6 +61,7 @@ from loraweld.checkpoint.encodings.microscaled import NvFp4
 from loraweld.checkpoint.encodings.scaled import Scaled, fp8_rows, llm_int8
 from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
+from loraweld.compute import encoding
 from loraweld.compute.codecs.encoder import open_encoder
 from loraweld.compute.codecs.grouped import AwqDecoder, GptqDecoder, PackedDecoder
 from loraweld.dtypes import DTYPES
@@ -806,6 +807,7 @@ def test_neither_tiles_nor_memory_nor_threads_show_in_the_bytes(
         loraweld.merge(folder / "adapter", output=folder / "out", **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "TILE_ELEMENTS", elements)
+        patch.setattr(encoding, "_SESSION_ELEMENTS", elements)  # a session for each tile
         loraweld.merge(folder / "adapter", output=folder / "other", max_memory="64MB", workers=1, **options)
     (one, other) = (
         {name: data for name, data in contents(folder / out).items() if name != "loraweld.json"}

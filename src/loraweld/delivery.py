@@ -40,6 +40,7 @@ from loraweld.sinks.folder import (
     staging_folder,
 )
 from loraweld.sinks.hub import HubSink, sent_memory
+from loraweld.sinks.journal import Measured
 
 Progress = Callable[[int], None]
 
@@ -119,8 +120,8 @@ class _Work:
         """Find the output finished, compare it, or write it."""
         request, made = self.request, self.made
         identity = self._identity()
-        if finish_published(request.output, identity=identity):
-            return self._report(RunFacts(resumed_bytes=made.merged_bytes))
+        if (published := finish_published(request.output, identity=identity)) is not None:
+            return self._report(self._found_published(published))
         was_there = self._is_taken()
         if was_there:
             self._check_record()
@@ -171,6 +172,12 @@ class _Work:
             sink.clean_up()  # it would fail again: there is nothing to continue
             raise
 
+    def _found_published(self, measured: Measured) -> RunFacts:
+        from loraweld.execute.run import fidelity_of  # torch is imported only once there is work
+
+        fidelity = fidelity_of(self.made, measured)
+        return RunFacts(resumed_bytes=self.made.merged_bytes, fidelity=_weights(fidelity))
+
     def _is_taken(self) -> bool:
         """True if something is in the output place that may not be replaced."""
         output = self.request.output
@@ -190,10 +197,12 @@ class _Work:
         """Run the plan and return what only the run could tell."""
         from loraweld.execute.run import run_plan  # torch is imported only once there is work
 
-        result = run_plan(self.made, sink, closing=lambda run: self._closing(_fidelity(run)), progress=self.progress)
+        result = run_plan(
+            self.made, sink, closing=lambda run: self._closing(_weights(run.fidelity)), progress=self.progress
+        )
         notes = no_change_notes(self.made) if result.saw_no_change else []
         notes += base_difference_notes(result.base_difference)
-        return RunFacts(resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_fidelity(result))
+        return RunFacts(resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_weights(result.fidelity))
 
     def _closing(self, fidelity: Sequence[WeightFidelity]) -> Mapping[str, str]:
         """What is written last: the card, which tells of the run, and the record."""
@@ -253,10 +262,10 @@ class _Work:
         return sum((self.made.output / name).stat().st_size for name in files)
 
 
-def _fidelity(run: Any) -> tuple[WeightFidelity, ...]:
+def _weights(fidelity: Mapping[str, Any]) -> tuple[WeightFidelity, ...]:
     return tuple(
         WeightFidelity(tensor=name, relative_error=found.relative_error, kept=found.kept)
-        for name, found in run.fidelity.items()
+        for name, found in fidelity.items()
     )
 
 

@@ -78,14 +78,18 @@ class TensorEditor:
         self._lock = threading.Lock()
         self._parts: tuple[Decoder, list[Kernel]] | None = None
 
-    def session(self, start: int, stop: int, scratch: Scratch) -> EditSession:
-        """Return what one thread needs to compute the tiles that overlap rows [start, stop)."""
+    def session(self, start: int, stop: int, scratch: Scratch, *, only: bool = False) -> EditSession:
+        """Return what one thread needs to compute the tiles that overlap rows [start, stop).
+
+        With `only`, the rows of these tiles that lie outside come to nothing that may be used, and are not read.
+        """
         tiles = list(self.grid.tiles(start, stop))
         first, last = tiles[0][0], tiles[-1][1]
+        wanted = (start, stop) if only else (first, last)
         decoder, kernels = self._made()
         base = decoder.rows(min(first, self.recipe.source.rows), min(last, self.recipe.source.rows))
         spans = [span for kernel in kernels if (span := kernel.span(first, last)) is not None]
-        return EditSession(self, tiles, (start, stop), base, spans, scratch)
+        return EditSession(self, tiles, wanted, base, spans, scratch)
 
     def _made(self) -> tuple[Decoder, list[Kernel]]:
         with self._lock:
@@ -144,13 +148,18 @@ class EditSession:
 
     def _read(self, top: int, bottom: int) -> torch.Tensor:
         """Return stored rows [top, bottom). Of those that nobody wants any number will do: a tile is computed whole."""
-        first, last = max(top, self._wanted[0]), min(bottom, self._wanted[1])
-        if (first, last) == (top, bottom) or first >= last:
+        wanted = self._wanted_of(top, bottom)
+        if wanted.stop - wanted.start in (bottom - top, 0):
             return self._base.read(top, bottom)
-        wanted_nC = self._base.read(first, last)
+        wanted_nC = self._base.read(top + wanted.start, top + wanted.stop)
         rows_nC = torch.ones((bottom - top, self._cols), dtype=wanted_nC.dtype)
-        rows_nC[first - top : last - top] = wanted_nC
+        rows_nC[wanted] = wanted_nC
         return rows_nC
+
+    def _wanted_of(self, top: int, bottom: int) -> slice:
+        """Return which of the rows [top, bottom) are wanted, counted from `top`."""
+        first = max(top, self._wanted[0])
+        return slice(first - top, max(first, min(bottom, self._wanted[1])) - top)
 
     def check(self, tile: Tile, top: int, bottom: int) -> None:
         """Make sure that an edited tile exists in the recipe's dtype.
@@ -174,7 +183,7 @@ class EditSession:
             doubtful = self._rounder.round(tile.values_nC, out_nC, tile.error)
         if len(doubtful):
             self._remember(doubtful, tile.base_nC, top)
-        self.note(out_nC, tile)
+        self.note(out_nC, tile, self._wanted_of(top, bottom))
 
     def repairs(self) -> tuple[Ints, npt.NDArray[np.uint8]]:
         """Return the elements in doubt: positions in the whole tensor, and the bytes they should have, one row each.
@@ -212,11 +221,11 @@ class EditSession:
         except NumericsError as problem:
             raise NumericsError(f"tensor {self._recipe.name!r}, {where}: {problem}") from None
 
-    def note(self, out_nC: torch.Tensor, tile: Tile) -> None:
-        """Note for the whole run whether there was a delta, and whether the output differs from the base."""
+    def note(self, out_nC: torch.Tensor, tile: Tile, rows: slice = slice(None)) -> None:
+        """Note for the whole run whether there was a delta, and whether the output differs from the base in `rows`."""
         outcome = self._outcome
         outcome.had_delta |= tile.error > 0
         if self._spans and not outcome.any_change:
-            base_nC = tile.base_nC
+            out_nC, base_nC = out_nC[rows], tile.base_nC[rows]
             same = out_nC.shape == base_nC.shape and torch.equal(out_nC, base_nC.to(out_nC.dtype))
             outcome.any_change |= not same

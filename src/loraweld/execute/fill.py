@@ -137,7 +137,7 @@ class _PieceWriter:
         editor = self._editor
         first = max(0, -self._offset) // editor.row_bytes
         last = min(editor.recipe.rows, -(-(len(self._buffer) - self._offset) // editor.row_bytes))
-        session = editor.session(first, last, self._scratch)
+        session = editor.session(first, last, self._scratch, only=True)
         for top, bottom in session.tiles:
             self._write_tile(session, top, bottom)
         self._patch(*session.repairs())

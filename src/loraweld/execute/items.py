@@ -57,6 +57,13 @@ def work_items(plan: MergePlan, sink: Copies) -> Iterator[Item]:
             yield from _items(file, plan.item_bytes)
 
 
+def encoded_items(plan: MergePlan) -> Iterator[Item]:
+    """Yield the items that are a weight to encode, wherever the output goes."""
+    for file in plan.weights:
+        if file.has_encoded:
+            yield from (item for item in _items(file, plan.item_bytes) if item.encoded is not None)
+
+
 def _changed(file: WeightFile) -> list[tuple[int, int]]:
     """The block-aligned ranges of a file in which something changes."""
     ranges: list[tuple[int, int]] = []

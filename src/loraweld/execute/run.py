@@ -21,7 +21,7 @@ from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import Scratch
 from loraweld.compute.fidelity import Fidelity
 from loraweld.execute.fill import Filler
-from loraweld.execute.items import Item, work_items
+from loraweld.execute.items import Item, encoded_items, work_items
 from loraweld.planning.merge_plan import MergePlan, WeightFile
 from loraweld.sinks.system import aligned_buffer
 
@@ -115,6 +115,15 @@ def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progres
     return result
 
 
+def fidelity_of(plan: MergePlan, measured: Measured) -> dict[str, Fidelity]:
+    """Return how true each weight is that was edited and encoded, by its name."""
+    return {
+        item.encoded.name: Fidelity(*values)
+        for item in encoded_items(plan)
+        if item.encoded is not None and (values := measured.get(item.key))
+    }
+
+
 def _rehearse(plan: MergePlan, reader: Reader) -> None:
     """Let PEFT refuse what it must before a byte is written."""
     layers = [(edit, recipe.source) for recipe in plan.recipes for edit in recipe.edits if isinstance(edit, PeftLayer)]
@@ -156,11 +165,7 @@ class _Run:
             made_bytes=sum(item.end - item.start for item in left),
             resumed_bytes=resumed,
             saw_no_change=not done and not self._filler.check_any_change(),
-            fidelity={
-                item.encoded.name: Fidelity(*values)
-                for item in self._items
-                if item.encoded is not None and (values := self._measured.get(item.key))
-            },
+            fidelity=fidelity_of(self._plan, self._measured),
             base_difference=self._filler.base_difference(),
         )
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from loraweld.checkpoint.mounted import mounted
 from loraweld.errors import OutputError
 from loraweld.sinks import system
-from loraweld.sinks.journal import Journal, folder_number, read_journal
+from loraweld.sinks.journal import Journal, Measured, folder_number, read_journal
 
 _CLONED_NAME = "cloned"
 TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
@@ -212,8 +212,8 @@ def open_folder_sink(
             sink.close()
 
 
-def finish_published(target: Path, *, identity: str) -> bool:
-    """Return True if this very merge was published by a run that was killed before it could clean up.
+def finish_published(target: Path, *, identity: str) -> Measured | None:
+    """Return the items of this very merge if it was published by a run that was killed before it could clean up.
 
     Raises:
         OutputError: another merge into the same place is running.
@@ -221,13 +221,13 @@ def finish_published(target: Path, *, identity: str) -> bool:
     staging = staging_folder(target)
     _sweep(staging)
     if not staging.exists():
-        return False
+        return None
     with _locked(target, staging):
-        head, _, _ = read_journal(staging / "journal")
+        head, done, _ = read_journal(staging / "journal")
         if not target.is_dir() or head != {"merge": identity, "folder": folder_number(target)}:
-            return False
+            return None
         _remove(staging)
-        return True
+        return done
 
 
 def discard_staging(target: Path) -> None:
