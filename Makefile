@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | llama-cpp | clean. Each target makes .venv and installs what it needs.
+# make demo | test | lint | bench | bench-peers | llama-cpp | clean. Each target makes .venv and installs what it needs.
 
 PYTHON ?= python3
 
@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN := HF_HUB_OFFLINE=1 $(BIN)/python
 
-.PHONY: demo test lint bench llama-cpp clean
+.PHONY: demo test lint bench bench-peers llama-cpp clean
 .NOTPARALLEL:
 
 demo: $(STAMPS)/demo
@@ -28,6 +28,26 @@ lint: $(STAMPS)/lint
 
 bench: $(STAMPS)/test
 	$(RUN) benchmarks/bench.py
+
+# The same beside mergekit and axolotl, each in an environment of its own, 3 GB together. axolotl goes in with what its
+# merge imports: all that it trains with would be many more.
+PEERS := .cache/peers
+PEER_PIP := bin/python -m pip install --quiet --disable-pip-version-check
+
+bench-peers: $(STAMPS)/test $(PEERS)/mergekit/done $(PEERS)/axolotl/done
+	$(RUN) benchmarks/bench.py --part plain
+
+$(PEERS)/mergekit/done:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/$(PEER_PIP) torch==2.13.0 mergekit==0.1.5
+	@touch $@
+
+$(PEERS)/axolotl/done:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/$(PEER_PIP) torch==2.13.0 transformers==5.16.1 peft==0.20.0 huggingface_hub==1.17.0 \
+		colorama pydantic requests
+	$(@D)/$(PEER_PIP) --no-deps axolotl==0.19.0
+	@touch $@
 
 # Compiles llama.cpp, about 20 minutes on two cores: with it `make test` also runs the tests marked llama_cpp.
 llama-cpp: $(STAMPS)/torch

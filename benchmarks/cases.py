@@ -64,6 +64,11 @@ def wall(sample: Sample) -> float:
     return sample.wall_s
 
 
+def cpu(sample: Sample) -> float:
+    """Return the time on all cores."""
+    return sample.cpu_s
+
+
 def peak_rss(sample: Sample) -> float:
     """Return the peak of resident memory."""
     return sample.peak_rss_bytes
@@ -156,9 +161,13 @@ def check_space(case: Case, *, growth: float = 1.1) -> None:
         BenchError: too little space.
     """
     needed = case.base_bytes * growth
-    free = shutil.disk_usage(case.base).free
-    if free < needed:
+    if (free := free_bytes(case.base)) < needed:
         raise BenchError(f"an output of {case.shape} needs {needed / GB:.1f} GB, {free / GB:.1f} GB are free")
+
+
+def free_bytes(path: Path) -> int:
+    """Return how much room is left where `path` is."""
+    return shutil.disk_usage(path).free
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def plain_commands(args: argparse.Namespace) -> dict[str, list[str]]:
         "loraweld --help": [*LORAWELD, "--help"],
         "import torch": [sys.executable, "-c", "import torch"],
     }
-    if args.peft:
+    if args.other_runs:
         commands["import PEFT and transformers"] = [sys.executable, "-c", PEFT_IMPORTS]
     return commands
 
