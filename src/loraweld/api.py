@@ -12,6 +12,7 @@ from loraweld.export.pipeline import completion, plan_export
 from loraweld.hub.card import CardFacts
 from loraweld.hub.repository import Repository, look_at_repository
 from loraweld.planning.build import build_plan
+from loraweld.planning.collector import collector_paused
 from loraweld.planning.facts import Facts, gather_facts
 from loraweld.planning.lora_output import plan_lora
 from loraweld.planning.merge_plan import MergePlan
@@ -165,8 +166,9 @@ def plan_request(request: MergeRequest, facts: Facts | None = None) -> tuple[Mer
             return plan_lora(request), None
         if request.save_method == "gguf":
             return plan_export(request, facts)
-        facts = facts or gather_facts(request)
-        return build_plan(request, facts), facts
+        with collector_paused():
+            facts = facts or gather_facts(request)
+            return build_plan(request, facts), facts
     except OSError as error:  # a name too long, a folder that may not be read
         raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -77,11 +78,11 @@ class Base:
     @property
     def main_dtype(self) -> str:
         """The code of the float dtype that holds most of the bytes."""
-        totals: dict[str, int] = {}
+        totals = Counter[str]()
         for tensor in self.tensors.values():
-            if is_plain_float(tensor.dtype):
-                totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.num_bytes
-        return max(totals, key=lambda code: totals[code]) if totals else "F32"
+            totals[tensor.dtype] += tensor.num_bytes
+        floats = [code for code in totals if is_plain_float(code)]
+        return max(floats, key=lambda code: totals[code], default="F32")
 
 
 def open_base(folder: Path, *, label: str | None = None, commit: str | None = None, scratch: object = None) -> Base:

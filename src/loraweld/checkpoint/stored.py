@@ -45,7 +45,8 @@ class StoredTensor:
     def part(self, start: int, stop: int) -> StoredTensor:
         """Return rows [start, stop) as a tensor of their own."""
         offset = self.offset + num_bytes(self.dtype, start * self.cols)
-        return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
+        shape = (stop - start, *self.shape[1:])
+        return StoredTensor(name=self.name, dtype=self.dtype, shape=shape, path=self.path, offset=offset)
 
     def as_matrix(self) -> StoredTensor:
         """Return a stack of matrices as one of all their rows."""

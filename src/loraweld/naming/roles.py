@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-_EMBEDDING_ENDS = (
+
+def _dotted(*names: str) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in names)
+
+
+_EMBEDDING_ENDS = _dotted(
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight"),
     *("embeddings.weight", "tok_embeddings.weight", "tokens_embed.weight", "token_embedding.weight"),
     *("word_embedding.weight",),
 )
-_HEAD_ENDS = (
+_HEAD_ENDS = _dotted(
     *("lm_head.weight", "embed_out.weight", "proj_out.weight", "predictions.decoder.weight", "decoder.weight"),
     *("vocab_projector.weight", "generator_lm_head.weight", "output_projection.weight", "pred_layer.proj.weight"),
     *("lm_head.out_proj.weight", "lm_loss.weight"),
 )
-_HEAD_BIAS_ENDS = (
+_HEAD_BIAS_ENDS = _dotted(
     *("lm_head.bias", "predictions.bias", "predictions.decoder.bias", "lm_head.decoder.bias"),
     *("vocab_projector.bias", "generator_lm_head.bias"),
 )
@@ -45,4 +50,4 @@ def is_task_head(name: str) -> bool:
 
 
 def _ends(name: str, ends: tuple[str, ...]) -> bool:
-    return f".{name}".endswith(tuple(f".{end}" for end in ends))
+    return f".{name}".endswith(ends)

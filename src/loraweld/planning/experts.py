@@ -79,47 +79,54 @@ def _fused(pair: ExpertPair, name: str, stored: Source) -> list[tuple[str, Edit]
     if len(stored.shape) != 3:
         raise MatchError(f"{name!r} is {stored.shape}, expected (experts, rows, columns)")
     experts, rows, cols = stored.shape
-    transposed = _is_transposed(pair, (rows, cols))
+    whole = _Side(b=pair.b, transposed=_is_transposed(pair, (rows, cols)))
     return [
-        (name, OnRows(edit=_one(pair, e, experts, transposed=transposed), start=e * rows, stop=(e + 1) * rows))
-        for e in range(experts)
+        (name, OnRows(edit=_one(pair, e, experts, whole), start=e * rows, stop=(e + 1) * rows)) for e in range(experts)
     ]
 
 
 def _split(pair: ExpertPair, pieces: list[Piece], tensors: Mapping[str, Source]) -> list[tuple[str, Edit]]:
     """A matrix (outputs, inputs) for each expert and part, which lie one above the other in the delta."""
-    experts = len(pieces) // pieces[0].parts
+    parts = pieces[0].parts
+    experts = len(pieces) // parts
     outputs, inputs = tensors[pieces[0].name].shape
-    transposed = _is_transposed(pair, (outputs * pieces[0].parts, inputs))
+    transposed = _is_transposed(pair, (outputs * parts, inputs))
+    sides = [_side(pair, part * outputs, (part + 1) * outputs, transposed=transposed) for part in range(parts)]
     edits: list[tuple[str, Edit]] = []
     for piece in pieces:
         shape = tensors[piece.name].shape
         if shape != (outputs, inputs):
             raise MatchError(f"{piece.name!r} is {shape}, other experts are {(outputs, inputs)}")
         assert piece.expert is not None
-        part = piece.part * outputs, (piece.part + 1) * outputs
-        edits.append((piece.name, _one(pair, piece.expert, experts, transposed=transposed, outputs=part)))
+        edits.append((piece.name, _one(pair, piece.expert, experts, sides[piece.part])))
     return edits
 
 
-def _one(
-    pair: ExpertPair, expert: int, experts: int, *, transposed: bool, outputs: tuple[int, int] | None = None
-) -> LowRank:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    """The rows of B, or the columns of A if the delta is stored transposed, that make one part of every expert."""
+
+    b: StoredTensor
+    transposed: bool
+    a_columns: Columns | None = None
+
+
+def _side(pair: ExpertPair, start: int, stop: int, *, transposed: bool) -> _Side:
+    if transposed:
+        return _Side(b=pair.b, transposed=True, a_columns=Columns(start=start, stop=stop))
+    return _Side(b=pair.b.part(start, stop), transposed=False)
+
+
+def _one(pair: ExpertPair, expert: int, experts: int, side: _Side) -> LowRank:
     """The delta of one expert, of some of the rows of the stored matrix."""
     rank = _rank(pair, experts)
-    a, b = pair.a.part(expert * rank, (expert + 1) * rank), pair.b
-    a_columns = None
-    if outputs is not None and transposed:
-        a_columns = Columns(start=outputs[0], stop=outputs[1])
-    elif outputs is not None:
-        b = b.part(*outputs)
     return LowRank(
-        a=a,
-        b=b,
+        a=pair.a.part(expert * rank, (expert + 1) * rank),
+        b=side.b,
         scaling=pair.config.scaling(pair.parameter, rank),
-        transposed=transposed,
-        a_columns=a_columns,
-        b_columns=Columns(start=expert, stop=b.cols, step=experts),
+        transposed=side.transposed,
+        a_columns=side.a_columns,
+        b_columns=Columns(start=expert, stop=side.b.cols, step=experts),
     )
 
 

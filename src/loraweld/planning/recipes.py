@@ -24,7 +24,8 @@ def output_dtype(base: Base, request: MergeRequest) -> str:
     """Return the code in which the base's main weights are written: its own 16-bit type, else bfloat16."""
     if request.dtype != "auto":
         return FLOAT_CODE_BY_NAME[request.dtype]
-    return base.main_dtype if base.main_dtype in ("BF16", "F16") or request.save_method == "preserve" else "BF16"
+    main = base.main_dtype
+    return main if main in ("BF16", "F16") or request.save_method == "preserve" else "BF16"
 
 
 def make_recipes(facts: Facts, changes: Mapping[str, Change], dtype: str, *, drops_text_head: bool) -> list[Recipe]:
