@@ -18,6 +18,16 @@ _CLEAR = "rgba(0,0,0,0)"
 _BAR = "#2f7fd1"
 _HOVER = {"bgcolor": "#1b2733", "bordercolor": "#1b2733", "font": {"color": "#ffffff"}}
 _SCALE = "Viridis"
+_COLORBAR = {
+    "orientation": "h",
+    "thickness": 12,
+    "tickformat": ".2~%",
+    "title": {"text": "relative change", "side": "top"},
+    "x": 0.5,
+    "y": 1,
+    "yanchor": "bottom",
+    "ypad": 8,
+}
 _NUM_BINS = 40
 
 
@@ -47,7 +57,7 @@ def heat_map(changes: Sequence[TensorChange]) -> str | None:
             zmin=0,
             xgap=1,
             ygap=1,
-            colorbar={"title": {"text": "relative<br>change"}, "thickness": 12, "tickformat": ".2~%"},
+            colorbar=_COLORBAR,
         )
     )
     height = min(_MOST_PX, max(_LEAST_PX, len(layers) * _ROW_PX + _MARGINS_PX))
@@ -90,7 +100,7 @@ def _drawn(figure: go.Figure, name: str, height: int) -> str:
         plot_bgcolor=_CLEAR,
         hoverlabel=_HOVER,
         font={"family": "system-ui, sans-serif", "size": 13},
-        margin={"l": 50, "r": 10, "t": 30, "b": 50},
+        margin={"l": 50, "r": 10, "t": 20, "b": 50},
         height=height,
         dragmode=False,
     )
