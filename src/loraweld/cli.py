@@ -24,7 +24,7 @@ from loraweld.save_methods import SAVE_METHODS
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -144,7 +144,8 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
         raise _UsageError(str(error)) from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; the documentation is made and checked with it."""
     parser = argparse.ArgumentParser(
         prog="loraweld", description="Merge an adapter into its base model and write one standalone model."
     )
