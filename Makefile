@@ -28,7 +28,7 @@ lint: $(STAMPS)/lint
 
 # The site, into site/; a page that is missing or a link that leads nowhere ends it.
 docs: $(STAMPS)/docs
-	$(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 # The constraints hold for the build's own environment too.
 dist: $(STAMPS)/test $(STAMPS)/dist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -159,6 +160,17 @@ def test_links_lead_somewhere() -> None:
             if "://" not in target:
                 path = (page.parent / target).resolve()
                 assert path.exists() or path.relative_to(ROOT / "docs").as_posix() in generated, f"{page}: {target}"
+
+
+def test_what_the_site_generates_is_there() -> None:
+    """The reference has every command's help; each table that a page asks for is in the results."""
+    hooks = runpy.run_path(str(ROOT / "scripts" / "docs_hooks.py"))
+    reference = hooks["cli_reference"]()
+    assert all(f"## loraweld {name}\n" in reference for name, _ in hooks["commands"](make_parser()))
+    assert all(name in reference for name in options(make_parser()))
+    asked = [name for page in PAGES for name in re.findall(r"<!-- results: (.+?) -->", page.read_text())]
+    assert len(asked) >= 4
+    assert all("|" in hooks["results"](name) for name in asked)
 
 
 def test_the_exceptions_are_needed() -> None:

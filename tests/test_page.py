@@ -178,6 +178,21 @@ def test_a_folder_of_the_bases_name_that_is_not_the_base_is_not_taken(place: Pat
     assert "other files than the one that was merged" in Page(Path("page.html").read_text()).text
 
 
+def test_a_base_in_the_hubs_cache_is_found_at_its_commit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked of the network: the record has name and commit, the cache has the snapshot or has not."""
+    commit = "5e1" + "0" * 37
+    cache = place / "cache" / "models--org--base"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache.parent))
+    record = json.loads(Path("out/loraweld.json").read_text())
+    record["base"] |= {"name": "org/base", "commit": commit}
+    Path("out/loraweld.json").write_text(json.dumps(record))
+    assert "org/base, is not on this machine" in loraweld.report_page("out", output="page.html").reason
+    (cache / "snapshots").mkdir(parents=True)
+    shutil.copytree("base", cache / "snapshots" / commit)
+    found = loraweld.report_page("out", output="page.html", overwrite=True)
+    assert found.reason == "" and any(change.relative_change for change in found.changes)
+
+
 def test_quantised_outputs_are_compared_as_they_decode(place: Path) -> None:
     """The change of an encoded weight is that of its decoded values: the codes' error is in it."""
     loraweld.merge("adapter", output="fp8", save_method="merged_fp8")
@@ -191,8 +206,9 @@ def test_quantised_outputs_are_compared_as_they_decode(place: Path) -> None:
 def test_what_has_no_number_says_why(place: Path) -> None:
     """A resized, a new and a formerly empty tensor, and another count of layers."""
     tensors = llama_tensors()
-    old = {**tensors, "model.layers.0.empty.weight": torch.zeros(2, 2)}
+    old = {**tensors, "model.layers.0.empty.weight": torch.zeros(2, 2), "model.none.weight": torch.zeros(4, 0)}
     new = {**tensors, "model.layers.0.empty.weight": torch.ones(2, 2), "model.new.weight": torch.ones(3)}
+    new["model.none.weight"] = torch.zeros(4, 0, dtype=torch.bfloat16)
     new["lm_head.weight"] = torch.ones(44, 16, dtype=torch.bfloat16)
     save_base(Path("old"), old, llama_config())
     save_base(Path("new"), new, llama_config())
@@ -304,22 +320,36 @@ def shown(page: Path, profile: Path) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-CLICK = '<script>document.querySelectorAll("#tensor-table th button")[2].click()</script></body>'
+# What a reader does: sort the table by the change, point at a cell of the map.
+READER = """<script>
+document.querySelectorAll("#tensor-table th button")[2].click();
+setTimeout(() => {
+  const plot = document.querySelector("#heat-map .nsewdrag"), place = plot.getBoundingClientRect();
+  const point = {clientX: place.right - 5, clientY: place.bottom - 5, bubbles: true};
+  plot.dispatchEvent(new MouseEvent("mousemove", point));
+}, 500);
+</script></body>"""
 
 
 @pytest.mark.browser
 @needs_chromium
 def test_a_browser_draws_the_page_without_a_complaint(place: Path) -> None:
-    """Both charts are drawn, the table is there and sorts, and the console stays empty."""
+    """Both charts are drawn, the table is there and sorts, a cell says its number, and the console stays empty."""
     report = loraweld.report_page("out", output="page.html")
     page = Path("page.html")
-    page.write_text(report.page.read_text().replace("</body>", CLICK))
+    page.write_text(report.page.read_text().replace("</body>", READER))
     document, console = shown(page, place / "profile")
     assert console == []
     for chart in ("heat-map", "histogram"):
         drawn = document[document.index(f'<div id="{chart}"') :]
         assert 'class="main-svg"' in drawn[: drawn.index("</figure>")]
     assert "data:image/png" in document  # the cells of the map
+    by_name = {change.tensor: change.relative_change for change in report.changes}
+    hover = re.search(
+        r'class="hovertext".*?<tspan[^>]*>(model\.layers\.1\.[^<]*)<.*?relative change ([\d.e-]+) %', document
+    )
+    assert hover is not None
+    assert float(hover[2]) == pytest.approx(100 * (by_name[hover[1]] or 0), rel=1e-5)
     table = document[document.index('<table id="tensor-table">') :].partition("</table>")[0]
     assert 'aria-sort="descending"' in table
     values = [float(value) for value in re.findall(r'data-value="([-\d.e]+)">[\d.e-]+ %', table)]

@@ -61,6 +61,8 @@ def _relative_change(old: Source | None, new: Source, reader: Reader) -> tuple[f
         return None, f"{' × '.join(map(str, old.shape))} in the base"
     if isinstance(old, StoredTensor) and isinstance(new, StoredTensor) and same_bytes(old, new):
         return 0.0, "same bytes"
+    if not all(new.shape):
+        return 0.0, "empty"
     if not (is_plain_float(old.dtype) and is_plain_float(new.dtype)):
         return None, "not floating point, and not the same"
     squared_change, squared_base = squared_norms(old, new, reader)
