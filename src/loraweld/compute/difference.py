@@ -31,6 +31,22 @@ def difference(base: Source, tuned: Source, reader: Reader, dtype: torch.dtype) 
     return delta_NC
 
 
+def squared_norms(base: Source, tuned: Source, reader: Reader) -> tuple[float, float]:
+    """Return ‖tuned − base‖² and ‖base‖², summed in float64 over the decoded numbers, some rows at a time."""
+    change = total = 0.0
+    for _, one, other in _tiles(_rowwise(base), _rowwise(tuned), reader):
+        old, new = one.double().view(-1), other.double().view(-1)
+        total += float(torch.dot(old, old))
+        new -= old
+        change += float(torch.dot(new, new))
+    return change, total
+
+
+def _rowwise(source: Source) -> Source:
+    """A stack of plain matrices as one of all their rows, so that a tile is less than a matrix."""
+    return source.as_matrix() if isinstance(source, StoredTensor) else source
+
+
 def read_tiles(source: Source, reader: Reader) -> Iterator[torch.Tensor]:
     """Yield the rows of a weight in its decoded dtype, some at a time; they are valid until the next step."""
     rows = open_decoder(source, reader).rows(0, source.rows)

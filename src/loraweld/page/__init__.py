@@ -1,0 +1,1 @@
+"""What a merge changed, as one HTML page that needs no network."""
