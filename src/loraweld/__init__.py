@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NumericsError,
         OutputError,
         RequestError,
+        VerificationError,
     )
     from loraweld.extraction.extract import extract
     from loraweld.inspection import inspect
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
         save_pretrained_gguf,
         save_pretrained_merged,
     )
+    from loraweld.verification.compare import compare
+    from loraweld.verification.verify import verify
 
 __all__ = [
     "AdapterError",
@@ -38,8 +41,10 @@ __all__ = [
     "NumericsError",
     "OutputError",
     "RequestError",
+    "VerificationError",
     "__version__",
     "attach",
+    "compare",
     "extract",
     "inspect",
     "merge",
@@ -48,6 +53,7 @@ __all__ = [
     "push_to_hub_merged",
     "save_pretrained_gguf",
     "save_pretrained_merged",
+    "verify",
 ]
 
 _HOMES = {
@@ -55,6 +61,8 @@ _HOMES = {
     "plan": "loraweld.api",
     "extract": "loraweld.extraction.extract",
     "inspect": "loraweld.inspection",
+    "verify": "loraweld.verification.verify",
+    "compare": "loraweld.verification.compare",
     "FastLanguageModel": "loraweld.live.fast_language_model",
     "attach": "loraweld.live.attach",
     "push_to_hub_gguf": "loraweld.live.methods",
