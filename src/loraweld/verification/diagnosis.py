@@ -21,6 +21,7 @@ from loraweld.verification.numbers import quanta
 _FEW = 1e-3
 _ALIKE = 0.98
 _UNLIKE = 0.3
+_NEAR_ONE = 0.004
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,8 @@ def _scaled(suspect: Suspect) -> str:
     factor = float((suspect.moved * suspect.change).sum()) / length
     moved = float(suspect.moved.norm())
     cosine = factor * math.sqrt(length) / moved if moved else 0.0
+    if abs(factor - 1) < _NEAR_ONE:
+        return "the change is there, but imprecise: computed or stored in fewer bits?"
     noisy = suspect.is_encoded and abs(factor) < 4
     if abs(cosine) < _ALIKE and not noisy:
         return ""

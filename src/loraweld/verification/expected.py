@@ -41,7 +41,7 @@ from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.factors import decompose
 from loraweld.compute.tensors import read_flat
 from loraweld.planning.merge_plan import Recipe
-from loraweld.verification.numbers import nearest
+from loraweld.verification.numbers import nearest, quanta
 
 BLOCK_ELEMENTS = 1 << 18
 # float32 sums of R products differ from the exact one by less than this share of sqrt(R) times the two norms.
@@ -93,21 +93,43 @@ class Expected:
         grown = stored.new_zeros(bottom - top - len(stored), self.cols)
         return torch.cat([stored, grown]) if len(grown) else stored
 
-    def block(self, top: int, bottom: int, *, rounded: str = "") -> Block:
-        """Return rows [top, bottom); `rounded` to this dtype after each edit, and of each edit the change before."""
+    def block(self, top: int, bottom: int) -> Block:
+        """Return rows [top, bottom)."""
         base = self.base(top, bottom)
         values = base
         noise = sum(step.bound(top, bottom) for step in self.steps)
         for step in self.steps:
-            after = step.apply(values, base, top)
-            values = nearest(values + nearest(after - values, rounded), rounded) if rounded else after
-        largest = values.abs().amax(1, keepdim=True).maximum(base.abs().amax(1, keepdim=True)) if self.cols else values
-        return Block(top, base, values, largest * _FLOAT32 + noise)
+            values = step.apply(values, base, top)
+        return Block(top, base, values, _largest(values, base) * _FLOAT32 + noise)
+
+    def rounded_often(self, top: int, bottom: int, dtype: str, *, changes: bool) -> Block:
+        """Return rows as PEFT makes them: rounded to `dtype` after each edit and, with `changes`, each change before.
+
+        DoRA's change is never rounded by itself. Float32 may take either neighbour each time: that is noise here.
+        """
+        exact, values = self.block(top, bottom), self.base(top, bottom)
+        noise = exact.noise
+        for edit, step in zip(self.recipe.edits, self.steps, strict=True):
+            change = step.apply(values, exact.base, top) - values
+            if changes and not isinstance(edit, Dora):
+                noise = noise + quanta(change, dtype)
+                change = nearest(change, dtype)
+            values = nearest(values + change, dtype)
+            if step is not self.steps[-1]:
+                noise = noise + quanta(values, dtype)
+        return Block(top, exact.base, values, noise)
 
     def column(self, col: int) -> Tensor:
         """Return exact - base of one column, (N,)."""
         blocks = (self.block(top, bottom) for top, bottom in strips(self.rows, self.cols))
         return torch.cat([(block.exact - block.base)[:, col] for block in blocks])
+
+
+def _largest(values: Tensor, base: Tensor) -> Tensor:
+    """Return the largest magnitude of each row, (n, 1)."""
+    if not values.numel():
+        return values[:, :1]
+    return values.abs().amax(1, keepdim=True).maximum(base.abs().amax(1, keepdim=True))
 
 
 def strips(rows: int, cols: int, sample: float = 1.0) -> Iterator[tuple[int, int]]:
@@ -207,8 +229,9 @@ def _dora(edit: Dora, source: Source, reader: Reader) -> Step:
         changed = delta.apply(values, base, top)
         if edit.delta.transposed:
             return changed * factor
-        norms = torch.linalg.vector_norm(delta.apply(base, base, top), dim=1, keepdim=True)
-        return changed * (factor[top : top + len(values)] / norms)
+        norms: Tensor = torch.linalg.vector_norm(delta.apply(base, base, top), dim=1, keepdim=True)
+        scaled: Tensor = changed * (factor[top : top + len(values)] / norms)
+        return scaled
 
     return Step(apply, 4 * delta.noise)
 

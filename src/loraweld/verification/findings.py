@@ -44,8 +44,8 @@ class TensorResult:
     """One tensor that was compared with float64.
 
     `steps`: the largest distance in units of the last place of the stored dtype. `misrounded`: share of elements that
-    are not the correctly rounded value. `rounded`: "once", "twice" (the change first), "float32", "encoded",
-    "stochastically". `relative_error`: ‖stored - exact‖ / ‖exact‖.
+    are not the correctly rounded value. `rounded`: "once", "twice" (the change first), "after each adapter", "float32",
+    "encoded", "stochastically", "wrong". `relative_error`: ‖stored - exact‖ / ‖exact‖.
     """
 
     tensor: str

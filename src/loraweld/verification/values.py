@@ -24,7 +24,7 @@ from loraweld.verification.numbers import nearest, quanta
 
 _PIECE_BYTES = 4 << 20
 _MISROUNDED = 1e-3  # what float32 arithmetic leaves, of 16-bit values
-_MISROUNDED_TWICE = 1e-2  # the rounded change is itself off by a step here and there
+_MISROUNDED_OFTEN = 1e-2  # the rounded change is itself off by a step here and there
 _SUSPECT_ROWS = 64
 
 
@@ -176,21 +176,24 @@ class Checker:
                 return "once", ""
             if self.stochastic:
                 return "stochastically", ""
-        if expected.recipe.edits and dtype != "F32" and self._is_twice(expected, dtype, read):
-            return "twice", ""
+        often = self._rounded_often(expected, dtype, read) if expected.recipe.edits and dtype != "F32" else ""
+        if often:
+            return often, ""
         what = f"{sums.bad} of {sums.elements} elements are over 1 ulp from float64, the farthest {sums.steps:.4g} ulp"
         return "wrong", what if sums.bad else f"{sums.share:.2%} of the elements are not the nearest {dtype} value"
 
-    def _is_twice(self, expected: Expected, dtype: str, read: Callable[[int, int], Tensor]) -> bool:
-        """Whether the tensor is what PEFT makes: each change rounded to the dtype first, and the sum after each."""
-        twice = Sums()
-        for top, bottom in strips(expected.rows, expected.cols, self.sample):
-            block = expected.block(top, bottom, rounded=dtype)
-            # Float32 may round a change to its other neighbour.
-            slack = quanta(block.exact - block.base, dtype) + block.noise
-            twice.elements += block.exact.numel()
-            twice.add_steps(read(top, bottom), block.exact, slack, dtype, top)
-        return not twice.bad and twice.misrounded <= max(3, _MISROUNDED_TWICE * twice.elements)
+    def _rounded_often(self, expected: Expected, dtype: str, read: Callable[[int, int], Tensor]) -> str:
+        """Name how PEFT has rounded the tensor more than once, "" if it is not so."""
+        ways = {"after each adapter": False, "twice": True}
+        for name, changes in ways.items():
+            sums = Sums()
+            for top, bottom in strips(expected.rows, expected.cols, self.sample):
+                block = expected.rounded_often(top, bottom, dtype, changes=changes)
+                sums.elements += block.exact.numel()
+                sums.add_steps(read(top, bottom), block.exact, block.noise, dtype, top)
+            if not sums.bad and sums.misrounded <= max(3, _MISROUNDED_OFTEN * sums.elements):
+                return name
+        return ""
 
     def _add_encoded(self, sums: Sums, block: Block, values: Tensor, stored: Source) -> None:
         """Count what lies farther from the exact value than the codes are apart."""
@@ -292,7 +295,7 @@ def _half_step(stored: EncodedTensor, block: Block) -> Tensor:
     if isinstance(encoding, Bnb4):
         return 0.3 * _block_maxima(largest, encoding.blocksize, block.top)
     bits: int = getattr(encoding, "bits", 8)
-    share = _HALF_STEPS.get(encoding.kind, 1.5 / (int(2) ** bits - 1))
+    share = _HALF_STEPS.get(encoding.kind, 1.5 / (2**bits - 1))
     allowed: Tensor = share * largest.max()
     return allowed.expand_as(largest)
 

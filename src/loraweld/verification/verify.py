@@ -101,13 +101,17 @@ def verify_opened(
 
 
 def _notes(results: Iterable[TensorResult]) -> list[str]:
-    twice = [result for result in results if result.rounded == "twice"]
-    if not twice:
-        return []
-    share = max(result.misrounded for result in twice)
+    results = list(results)
+    why = {
+        "twice": "the change before the sum, as PEFT does with safe_merge=True and on embeddings",
+        "after each adapter": "as PEFT does with several adapters",
+    }
+    found = {name: [result for result in results if result.rounded == name] for name in why}
     return [
-        f"{len(twice)} tensors were rounded twice, the change before the sum, as PEFT does with safe_merge=True and on "
-        f"embeddings: up to {share:.1%} of their elements are not the nearest value (e.g. {twice[0].tensor})"
+        f"{len(often)} tensors were rounded {name}, {why[name]}: up to {max(one.misrounded for one in often):.1%} of "
+        f"their elements are not the nearest value (e.g. {often[0].tensor})"
+        for name, often in found.items()
+        if often
     ]
 
 
