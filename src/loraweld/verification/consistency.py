@@ -100,8 +100,9 @@ def _dtype(opened: Opened, config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _ties(opened: Opened, config: Mapping[str, Any], planned: Mapping[str, Any]) -> Iterator[Finding]:
-    if not planned or is_tied(config) == is_tied(planned):
-        return
+    has_head = any(map(is_output_embedding, opened.tensors))
+    if not planned or is_tied(config) == is_tied(planned) or (has_head and not is_tied(config)):
+        return  # a head that is stored on its own, with the values of the embedding, is the same model
     message = (
         "ties the head to the embedding, but they are to be two tensors, of which one would be lost; set it to false"
         if is_tied(config)

@@ -190,14 +190,14 @@ class _Verification:
             return  # stored once where the base has it twice
         if _BUFFER.search(name):
             return
-        changed = bool(self._intended.recipes[name].edits)
-        why = f": the adapter changes it, and tied to {ties[0].source} it is another tensor" if ties and changed else ""
+        why = f": the adapter acts on one side of the tie with {ties[0].source} only, so both are stored" if ties else ""
         self.findings.append(_finding("missing", name, f"is not in the output{why}"))
 
     def _left_over(self, taken: dict[str, str]) -> None:
         """Tensors that nobody asked for: a tied one must equal its source, others should not be there."""
         there = self._opened.tensors
-        ties = {tie.target: tie.source for tie in known_ties(there, self._opened.config)}
+        configs = (self._opened.config, self._intended.config)
+        ties = {tie.target: tie.source for config in configs for tie in known_ties(there, config)}
         for name, stored in there.items():
             if name in taken or _BUFFER.search(name) or self._is_of_runtime(name):
                 continue
