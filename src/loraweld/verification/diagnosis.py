@@ -149,7 +149,7 @@ def _scaled(suspect: Suspect) -> str:
     noisy = suspect.is_encoded and abs(factor) < 4
     if abs(cosine) < _ALIKE and not noisy:
         return ""
-    return f"the change is there {factor:.4g} times{_name_of(factor, suspect.edits, 0.25 if noisy else 0.02)}"
+    return f"the change is there {factor:.3g} times{_name_of(factor, suspect.edits, 0.25 if noisy else 0.02)}"
 
 
 def _name_of(factor: float, edits: Sequence[Edit], tolerance: float) -> str:

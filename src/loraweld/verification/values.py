@@ -26,6 +26,7 @@ _PIECE_BYTES = 4 << 20
 _MISROUNDED = 1e-3  # what float32 arithmetic leaves, of 16-bit values
 _MISROUNDED_OFTEN = 1e-2  # the rounded change is itself off by a step here and there
 _SUSPECT_ROWS = 64
+_GAIN = 0.1  # the error of rounding to codes has hardly any component along the values
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class Sums:
     exact: float = 0.0  # E²
     change: float = 0.0  # Δ²
     error: float = 0.0  # (S - E)²
+    stretch: float = 0.0  # (S - E)·E
     moved: float = 0.0  # (S - W)²
     along: float = 0.0  # (S - W)·Δ
     asked: int = 0  # elements with Δ ≠ 0
@@ -54,6 +56,7 @@ class Sums:
         self.exact += _dot(block.exact, block.exact)
         self.change += _dot(change, change)
         self.error += _dot(error, error)
+        self.stretch += _dot(error, block.exact)
         self.moved += _dot(moved, moved)
         self.along += _dot(moved, change)
         asked = change != 0
@@ -198,7 +201,8 @@ class Checker:
     def _add_encoded(self, sums: Sums, block: Block, values: Tensor, stored: Source) -> None:
         """Count what lies farther from the exact value than the codes are apart."""
         assert isinstance(stored, EncodedTensor)
-        allowed = _half_step(stored, block) + block.noise
+        # What is decoded is rounded once more, to the dtype of the model.
+        allowed = _half_step(stored, block) + quanta(block.exact, stored.dtype) + block.noise
         error = (values - block.exact).abs_()
         bad = ~(error <= allowed)
         sums.steps = max(sums.steps, float((error / (2 * allowed).clamp_(min=1e-300)).nan_to_num_(math.inf).max()))
@@ -211,6 +215,9 @@ class Checker:
         kind = stored.encoding.kind
         if sums.bad > _MISROUNDED * sums.elements:
             return f"{sums.bad} of {sums.elements} values are farther from float64 than the steps of {kind} are wide"
+        gain = 1 + sums.stretch / sums.exact if sums.exact else 1.0
+        if abs(gain - 1) > _GAIN:
+            return f"its values are {gain:.3g} times those of float64: the scales of {kind} are off"
         retention = sums.retention
         if retention is None or isinstance(recipe.source, EncodedTensor | RequantisedTensor):
             return ""  # from codes to the same codes little of a change is left: that is reported, not refused

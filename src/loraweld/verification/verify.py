@@ -190,7 +190,9 @@ class _Verification:
             return  # stored once where the base has it twice
         if _BUFFER.search(name):
             return
-        why = f": the adapter acts on one side of the tie with {ties[0].source} only, so both are stored" if ties else ""
+        why = (
+            f": the adapter acts on one side of the tie with {ties[0].source} only, so both are stored" if ties else ""
+        )
         self.findings.append(_finding("missing", name, f"is not in the output{why}"))
 
     def _left_over(self, taken: dict[str, str]) -> None:
