@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NumericsError,
         OutputError,
         RequestError,
+        VerificationError,
     )
     from loraweld.extraction.extract import extract
     from loraweld.inspection import inspect
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
         save_pretrained_merged,
     )
     from loraweld.page.report_page import report_page
+    from loraweld.verification.compare import compare
+    from loraweld.verification.verify import verify
 
 __all__ = [
     "AdapterError",
@@ -39,8 +42,10 @@ __all__ = [
     "NumericsError",
     "OutputError",
     "RequestError",
+    "VerificationError",
     "__version__",
     "attach",
+    "compare",
     "extract",
     "inspect",
     "merge",
@@ -50,6 +55,7 @@ __all__ = [
     "report_page",
     "save_pretrained_gguf",
     "save_pretrained_merged",
+    "verify",
 ]
 
 _HOMES = {
@@ -58,6 +64,8 @@ _HOMES = {
     "extract": "loraweld.extraction.extract",
     "inspect": "loraweld.inspection",
     "report_page": "loraweld.page.report_page",
+    "verify": "loraweld.verification.verify",
+    "compare": "loraweld.verification.compare",
     "FastLanguageModel": "loraweld.live.fast_language_model",
     "attach": "loraweld.live.attach",
     "push_to_hub_gguf": "loraweld.live.methods",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from loraweld.delivery import Progress, deliver
@@ -66,6 +67,7 @@ def merge(
     svd_rank: int | None = None,
     majority_sign_method: str | None = None,
     scale: float | None = None,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge one or more adapters into their base and write one standalone model to the folder `output`.
@@ -111,6 +113,8 @@ def merge(
         svd_rank: rank of the combined adapter of "svd" and "…_svd"; None: the largest of the adapters.
         majority_sign_method: how "ties" and "dare_ties" elect a sign, "total" or "frequency"; None: "total".
         scale: strength: a factor of all weights; negative subtracts. None: 1.
+        verify: read the staged output again before it appears, compare all of it with base + adapter in float64, and
+            refuse to publish what does not hold.
         progress: called from any thread with the number of weight bytes that became ready.
 
     Raises:
@@ -151,6 +155,7 @@ def merge(
         svd_rank=svd_rank,
         majority_sign_method=majority_sign_method,
         scale=scale,
+        verify=verify,
     )
     return merge_request(request, progress=progress or (lambda count: None))
 
@@ -192,10 +197,23 @@ def merge_request(
         facts,
         progress=progress,
         complete=completion(made, on_export),
+        check=_check(request, made, facts) if request.verify else None,
         started=started,
         repository=repository,
         card=_card(made, facts, repository) if repository is not None else None,
     )
+
+
+def _check(request: MergeRequest, made: MergePlan, facts: Facts | None) -> Callable[[Path], None]:
+    """Return what refuses a staged output that is not what was asked for."""
+
+    def check(folder: Path) -> None:
+        from loraweld.verification.staged import check_staged  # torch is imported only once there is work
+
+        assert facts is not None
+        check_staged(folder, request, facts, dtype=made.dtype)
+
+    return check
 
 
 def _card(made: MergePlan, facts: Facts | None, repository: Repository) -> CardFacts:

@@ -115,6 +115,32 @@ def _report(arguments: argparse.Namespace) -> None:
         print("\n".join(report.lines()))
 
 
+def _verify(arguments: argparse.Namespace) -> None:
+    if not 0 < arguments.sample <= 1:
+        raise _UsageError(f"--sample is {arguments.sample:g}, expected a share above 0 and up to 1, such as 0.1")
+    from loraweld.verification.verify import verify
+
+    names = ("weights", "scale", "combine", "density", "seed", "svd_rank", "majority_sign_method", "merge_base")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    report = verify(
+        arguments.output, base=arguments.base, adapter=arguments.adapter, sample=arguments.sample, **options
+    )
+    print(json.dumps(report.to_json(), indent=2) if arguments.json else "\n".join(report.lines()))
+    if not report.holds:
+        sys.stdout.flush()
+        sys.exit(1)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from loraweld.verification.compare import compare
+
+    report = compare(arguments.first, arguments.second)
+    print(json.dumps(report.to_json(), indent=2) if arguments.json else "\n".join(report.lines()))
+    if not report.is_equal:
+        sys.stdout.flush()
+        sys.exit(1)
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from loraweld.inspection import inspect
     from loraweld.report import inspect_lines
@@ -132,7 +158,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
             *("expert_layout", "stream_base", "token", "push_to_hub"),
             *("private", "revision", "create_pr", "commit_message"),
-            *("weights", "combine", "density", "seed", "svd_rank", "majority_sign_method", "scale"),
+            *("weights", "combine", "density", "seed", "svd_rank", "majority_sign_method", "scale", "verify"),
         )
     }
     for name, value in options.items():
@@ -183,6 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_report_arguments(report)
     report.set_defaults(run=_report)
+    _add_checks(commands)
     inspect = commands.add_parser(
         "inspect",
         help="say what a folder is",
@@ -193,6 +220,36 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="prove that a model is base + adapter",
+        description="Read a merged model again, of any tool, and compare all of it with base + adapter in float64.",
+        epilog="example: loraweld verify my-model --base my-base --adapter my-adapter",
+    )
+    add = verify.add_argument
+    add("output", metavar="OUT", help="folder of the merged model")
+    add(
+        "--base", metavar="BASE", help="folder or Hub id (default: that of loraweld.json, or the one the adapter names)"
+    )
+    add("--adapter", nargs="+", default=[], metavar="ADAPTER", help="what was merged, in order: folders or Hub ids")
+    add("--sample", type=float, default=1.0, metavar="F", help="share of the rows to check (default: 1, all of them)")
+    add("--merge-base", metavar="WHICH", help="as given to merge (default: as-given)")
+    _add_combining_arguments(verify.add_argument_group("how they were merged, where loraweld.json does not say"))
+    add("--json", action="store_true", help="print the report as JSON on stdout")
+    verify.set_defaults(run=_verify)
+    compare = commands.add_parser(
+        "compare",
+        help="say how two models differ, tensor by tensor",
+        description="Compare two models by the names of their tensors; exit code 0 if all are equal, 1 if not.",
+        epilog="example: loraweld compare my-base my-model",
+    )
+    compare.add_argument("first", metavar="A", help="a folder or Hub id")
+    compare.add_argument("second", metavar="B", help="a folder or Hub id")
+    compare.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    compare.set_defaults(run=_compare)
 
 
 def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -245,6 +302,11 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="PATH",
         help="folder of the tokenizer to ship (default: the adapter's, else the base's)",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="check the output against float64 before it appears; refuse it if it fails",
     )
     _add_combining_arguments(parser.add_argument_group("strength, and several adapters"))
     _add_encoding_arguments(parser.add_argument_group("quantised bases and outputs"))

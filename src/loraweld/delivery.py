@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.stored import file_identity
@@ -52,11 +53,14 @@ def deliver(
     *,
     progress: Progress,
     complete: Complete | None = None,
+    check: Complete | None = None,
     started: float | None = None,
     repository: Repository | None = None,
     card: CardFacts | None = None,
 ) -> MergeReport:
     """Do what a plan says; `complete` ends an output with files that other programs make.
+
+    `check` looks at the finished model before it is published and raises if it may not be.
 
     With a `repository` the output goes to the Hub, with a `card` README.md is written.
 
@@ -75,6 +79,7 @@ def deliver(
         card=card,
         progress=progress,
         complete=complete,
+        check=check,
         started=time.monotonic() if started is None else started,
         streams=request.streams_to_hub and complete is None,
     )
@@ -113,6 +118,7 @@ class _Work:
     card: CardFacts | None
     progress: Progress
     complete: Complete | None
+    check: Complete | None
     started: float
     streams: bool
 
@@ -127,6 +133,8 @@ class _Work:
             self._check_record()
         if was_there and self.complete is None:
             result = self._run(ExistingSink(made.output))
+            if self.check is not None:
+                self.check(made.output)
             discard_staging(request.output)
             return self._report(result, was_there=True)
         self._check_disk(made.disk_bytes)
@@ -136,7 +144,7 @@ class _Work:
             resume=request.resume,
             overwrite=request.overwrite,
             model_folder=made.model_folder,
-            complete=self.complete,
+            complete=self._completion(),
             kind=RepeatedSink if was_there else FolderSink,
         ) as sink:
             return self._report(self._fill(sink), was_there=was_there)
@@ -162,6 +170,16 @@ class _Work:
             assert isinstance(sink, HubSink)
             result = self._fill(sink)
             return replace(self._report(result), pushed=sink.pushed)
+
+    def _completion(self) -> Complete | None:
+        """What ends an output before it appears: files of other programs, and the check."""
+        steps = [step for step in (self.check, self.complete) if step is not None]
+
+        def complete(folder: Path) -> None:
+            for step in steps:
+                step(folder)
+
+        return complete if steps else None
 
     def _fill(self, sink: FolderSink) -> RunFacts:
         try:

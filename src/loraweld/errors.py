@@ -6,7 +6,8 @@ LoraweldError            something the user can fix; the CLI prints it without a
 ├── AdapterError         an adapter's files are damaged, incomplete or of a kind that cannot be merged
 ├── MatchError           adapter and base do not fit each other
 ├── OutputError          the output place is taken, locked, too small or not writable
-└── NumericsError        a result does not exist in the output dtype
+├── NumericsError        a result does not exist in the output dtype
+└── VerificationError    what was written is not base + adapters
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class OutputError(LoraweldError):
 
 class NumericsError(LoraweldError):
     """A result does not exist in the output dtype."""
+
+
+class VerificationError(LoraweldError):
+    """What was written is not base + adapters; it was not published."""
 
 
 def listing(items: Iterable[str], *, limit: int | None = None) -> str:

@@ -70,6 +70,7 @@ class MergeRequest:
     token: str | bool | None = field(default=None, repr=False)
     hub: HubTarget | None = None
     keeps_output: bool = True
+    verify: bool = False
 
     @property
     def streams_to_hub(self) -> bool:
@@ -113,6 +114,7 @@ def make_request(
     svd_rank: int | None = None,
     majority_sign_method: str | None = None,
     scale: float | None = None,
+    verify: bool = False,
 ) -> MergeRequest:
     """Check the options and return them as one value.
 
@@ -150,6 +152,8 @@ def make_request(
         majority_sign_method=majority_sign_method,
         scale=scale,
     )
+    if verify:
+        _check_verifiable(method, is_kept=output is not None)
     folded, _, quantized_base = merge_base.partition(":")
     return MergeRequest(
         adapters=tuple(Path(path) for path in adapters),
@@ -170,8 +174,18 @@ def make_request(
         token=token,
         hub=hub,
         keeps_output=output is not None,
+        verify=verify,
         **options,
     )
+
+
+def _check_verifiable(method: str, *, is_kept: bool) -> None:
+    if method in WHOLE_METHODS:
+        raise RequestError(f"verify has no effect with save_method {method}, only with those that write a merged model")
+    if not is_kept:
+        raise RequestError(
+            "verify needs the whole output; give an output folder too (-o OUT), it is pushed once it holds"
+        )
 
 
 def _hub(

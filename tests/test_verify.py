@@ -1,0 +1,537 @@
+"""Verification: planted defects are found and named, right outputs of any tool raise no alarm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loraweld
+from cases import CASES, AdapterCase, pairs
+from fakes import INDEX_NAME, load_folder
+from handmade import MODULES, Q_PROJ, VOCAB, delta, llama_tensors, lora, loras, save_adapter, save_llama
+from loraweld.cli import main
+from loraweld.errors import RequestError, VerificationError
+from loraweld.sinks.folder import FolderSink
+from models import TinyModel
+
+Q, V, DOWN = f"{Q_PROJ}.weight", "model.layers.0.self_attn.v_proj.weight", "model.layers.0.mlp.down_proj.weight"
+K = "model.layers.0.self_attn.k_proj.weight"
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+SCALING = 1.5  # alpha 6, rank 4
+TENSORS = loras(*MODULES)
+
+
+# The kinds of merges that defects are planted in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Options of the base, tensors and options of the adapter, options of the merge."""
+
+    base: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=lambda: TENSORS)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    merge: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, folder: Path) -> None:
+        save_llama(folder / "base", **self.base)
+        save_adapter(folder / "adapter", self.tensors, **self.adapter)
+        loraweld.merge(folder / "adapter", base=folder / "base", output=folder / "out", **self.merge)
+
+
+def bias_of(module: str) -> dict[str, Tensor]:
+    return {f"{module}.bias": torch.linspace(-1, 1, 16).to(torch.bfloat16)}
+
+
+QS = [module for module in MODULES if module.endswith("q_proj")]
+MAGNITUDE = {f"{module}.lora_magnitude_vector": torch.linspace(0.5, 2, 16) for module in QS}
+TOKEN_ROWS = {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.linspace(-1, 1, 32).view(2, 16)}
+PLAIN = Scene()
+SHARDED = Scene(base={"num_files": 3})
+DORA = Scene(tensors={**loras(*QS), **MAGNITUDE}, adapter={"use_dora": True})
+RSLORA = Scene(adapter={"use_rslora": True})
+TOKENS = Scene(tensors={**TENSORS, **TOKEN_ROWS}, adapter={"trainable_token_indices": {"embed_tokens": [3, 7]}})
+BIAS = Scene(
+    base={"more": {name: bias for module in QS for name, bias in bias_of(module).items()}, "attention_bias": True},
+    tensors={**loras(*QS), **{f"{module}.lora_B.bias": torch.linspace(0.5, 2, 16) for module in QS}},
+    adapter={"lora_bias": True},
+)
+TIED = Scene(base={"tied": True})
+UNTIED = Scene(base={"tied": True}, tensors=loras("model.embed_tokens"), adapter={})
+NF4 = Scene(merge={"save_method": "merged_4bit", "double_quant": False})
+INT8 = Scene(merge={"save_method": "merged_8bit"})
+
+
+def change(module: str = Q_PROJ, scaling: float = SCALING, tensors: Mapping[str, Tensor] = TENSORS) -> Tensor:
+    return scaling * delta(tensors, module)
+
+
+def base_of(folder: Path, name: str) -> Tensor:
+    return load_folder(folder / "base")[name].double()
+
+
+def put(folder: Path, **tensors: Tensor | None) -> None:
+    """Give tensors of the output other values, or (None) take them away."""
+    for file in sorted((folder / "out").glob("*.safetensors")):
+        held = load_file(file)
+        here = {name: held[name] for name in tensors if name in held}
+        if here:
+            held |= {name: value for name in here if (value := tensors[name]) is not None}
+            save_file({k: v for k, v in held.items() if tensors.get(k, v) is not None}, file, {"format": "pt"})
+
+
+def add(folder: Path, name: str, value: Tensor) -> None:
+    file = sorted((folder / "out").glob("*.safetensors"))[-1]
+    save_file({**load_file(file), name: value}, file, {"format": "pt"})
+
+
+def put_change(folder: Path, of_change: Callable[[Tensor], Tensor], name: str = Q) -> None:
+    """Store base + some function of the right change, rounded once."""
+    module = name.removesuffix(".weight")
+    put(folder, **{name: (base_of(folder, name) + of_change(change(module))).to(torch.bfloat16)})
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def config(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "out" / "config.json", lambda content: content.update(values))
+
+
+def flip_byte(folder: Path, name: str) -> None:
+    value = load_folder(folder / "out")[name].clone()
+    value.view(torch.uint8).view(-1)[5] ^= 0x40
+    put(folder, **{name: value})
+
+
+def corrupt_element(folder: Path) -> None:
+    value = load_folder(folder / "out")[DOWN].clone()
+    value[7, 3] = 40.0
+    put(folder, **{DOWN: value})
+
+
+def swap(folder: Path) -> None:
+    found = load_folder(folder / "out")
+    put(folder, **{Q: found[K].clone(), K: found[Q].clone()})
+
+
+def wrong_file_in_index(folder: Path) -> None:
+    files = sorted(path.name for path in (folder / "out").glob("*.safetensors"))
+    edit_json(folder / "out" / INDEX_NAME, lambda content: content["weight_map"].update({Q: files[-1]}))
+
+
+def duplicate(folder: Path) -> None:
+    add(folder, EMBEDDING, load_folder(folder / "out")[EMBEDDING])
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "out" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_base(folder: Path) -> None:
+    """The output is of another base than the one that is given."""
+    folder.joinpath("base").rename(folder / "first")
+    save_llama(folder / "base", seed=5)
+    (folder / "out" / "loraweld.json").unlink()
+
+
+def other_adapter(folder: Path) -> None:
+    other = {name: tensor for seed, m in enumerate(MODULES, 50) for name, tensor in lora(m, seed=seed).items()}
+    folder.joinpath("adapter").rename(folder / "first")
+    save_adapter(folder / "adapter", other)
+
+
+def scale_absmax(folder: Path) -> None:
+    name = f"{Q}.absmax"
+    put(folder, **{name: load_folder(folder / "out")[name] * 1.2})
+
+
+def plant_tokenizer(folder: Path) -> None:
+    content = {"model": {"vocab": {f"t{i}": i for i in range(VOCAB + 9)}}, "added_tokens": []}
+    (folder / "out" / "tokenizer.json").write_text(json.dumps(content))
+
+
+def without_magnitude(folder: Path) -> None:
+    tensors = lora(Q_PROJ)
+    put(folder, **{Q: (base_of(folder, Q) + change(tensors=tensors)).to(torch.bfloat16)})
+
+
+def without_bias(folder: Path) -> None:
+    put(folder, **{f"{Q_PROJ}.bias": bias_of(Q_PROJ)[f"{Q_PROJ}.bias"]})
+
+
+def without_token_rows(folder: Path) -> None:
+    put(folder, **{EMBEDDING: load_folder(folder / "base")[EMBEDDING]})
+
+
+def stale_head(folder: Path) -> None:
+    add(folder, HEAD, llama_tensors(seed=9)[HEAD])
+
+
+def not_finite(folder: Path) -> None:
+    value = load_folder(folder / "out")[Q].clone()
+    value[0, 0] = float("nan")
+    put(folder, **{Q: value})
+
+
+def plain_four_bit(folder: Path) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config(quantization_config=settings)(folder)
+
+
+def other_quant_type(folder: Path) -> None:
+    settings = json.loads((folder / "out" / "config.json").read_text())["quantization_config"]
+    config(quantization_config={**settings, "bnb_4bit_quant_type": "fp4"})(folder)
+
+
+def no_quantization(folder: Path) -> None:
+    edit_json(folder / "out" / "config.json", lambda content: content.pop("quantization_config"))
+
+
+def put_base_codes(folder: Path) -> None:
+    """The int8 codes of one weight are those of the base."""
+    empty = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    save_adapter(folder / "none", empty)
+    loraweld.merge(folder / "none", base=folder / "base", output=folder / "plain", save_method="merged_8bit")
+    codes = load_folder(folder / "plain")
+    put(folder, **{Q: codes[Q], f"{Q_PROJ}.SCB": codes[f"{Q_PROJ}.SCB"]})
+
+
+def halve(name: str) -> Callable[[Path], None]:
+    return lambda folder: put(folder, **{name: load_folder(folder / "out")[name][:8].clone()})
+
+
+def as_dtype(name: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    return lambda folder: put(folder, **{name: load_folder(folder / "out")[name].to(dtype)})
+
+
+def times(factor: float) -> Callable[[Path], None]:
+    return lambda folder: put_change(folder, lambda right: right * factor)
+
+
+# name → (merge, what is planted, check, where, words of the message)
+DEFECTS: dict[str, tuple[Scene, Callable[[Path], object], str, str, tuple[str, ...]]] = {
+    "delta missing": (PLAIN, times(0), "value", Q, ("equals the base", "change is missing")),
+    "merged twice": (PLAIN, times(2), "value", Q, ("2 times", "merged twice")),
+    "subtracted": (PLAIN, times(-1), "value", Q, ("-1 times", "subtracted")),
+    "transposed": (PLAIN, lambda f: put_change(f, lambda d: d.T), "value", Q, ("transposed",)),
+    "alpha ignored": (PLAIN, times(1 / SCALING), "value", Q, ("alpha / rank was ignored",)),
+    "rank ignored": (PLAIN, times(4), "value", Q, ("4 times", "not divided by the rank")),
+    "other scale": (PLAIN, times(0.3), "value", Q, ("0.3 times", "another scale")),
+    "rslora ignored": (
+        RSLORA,
+        lambda f: put_change(f, lambda d: d),
+        "value",
+        Q,
+        ("0.5 times", "use_rslora was ignored"),
+    ),
+    "corrupt byte": (PLAIN, lambda f: flip_byte(f, EMBEDDING), "value", EMBEDDING, ("corrupt", "[0, 2]")),
+    "corrupt norm": (PLAIN, lambda f: flip_byte(f, NORM), "value", NORM, ("corrupt", "stored")),
+    "corrupt element": (PLAIN, corrupt_element, "value", DOWN, ("corrupt", "[7, 3]", "stored 40")),
+    "not finite": (PLAIN, not_finite, "value", Q, ("not finite",)),
+    "stale total_size": (
+        SHARDED,
+        lambda f: edit_json(f / "out" / INDEX_NAME, lambda c: c["metadata"].update(total_size=7)),
+        "total_size",
+        INDEX_NAME,
+        ("says 7 bytes",),
+    ),
+    "index names another file": (SHARDED, wrong_file_in_index, "index", Q, ("it is in",)),
+    "index names no file": (
+        SHARDED,
+        lambda f: edit_json(f / "out" / INDEX_NAME, lambda c: c["weight_map"].update({Q: "gone.safetensors"})),
+        "index",
+        "gone.safetensors",
+        ("missing",),
+    ),
+    "stored twice": (SHARDED, duplicate, "duplicate", EMBEDDING, ("is stored in",)),
+    "tensor missing": (PLAIN, lambda f: put(f, **{NORM: None}), "missing", NORM, ("not in the output",)),
+    "tensor extra": (
+        PLAIN,
+        lambda f: add(f, f"{Q_PROJ}.lora_A.weight", torch.ones(4, 16)),
+        "extra",
+        f"{Q_PROJ}.lora_A.weight",
+        (),
+    ),
+    "wrong dtype": (PLAIN, as_dtype(Q, torch.float16), "dtype", Q, ("is F16, expected BF16",)),
+    "wrong shape": (PLAIN, halve(Q), "shape", Q, ("(8, 16), expected (16, 16)",)),
+    "truncated file": (PLAIN, truncate, "file", "model.safetensors", ("cut short",)),
+    "swapped": (PLAIN, swap, "value", Q, (f"the values of {K}",)),
+    "tied flag": (UNTIED, config(tie_word_embeddings=True), "tie_word_embeddings", "config.json", ("two tensors",)),
+    "head lost": (UNTIED, lambda f: put(f, **{HEAD: None}), "missing", HEAD, ()),
+    "untied flag": (TIED, config(tie_word_embeddings=False), "tie_word_embeddings", "config.json", ("true",)),
+    "stale tied head": (TIED, stale_head, "tied", HEAD, ("stale",)),
+    "vocab_size": (PLAIN, config(vocab_size=VOCAB + 1), "vocab_size", "config.json", (f"{VOCAB} rows",)),
+    "vocab_size of text_config": (
+        PLAIN,
+        config(text_config={"vocab_size": 7}),
+        "vocab_size",
+        "config.json",
+        ("says 7",),
+    ),
+    "layers": (
+        PLAIN,
+        config(num_hidden_layers=9),
+        "num_hidden_layers",
+        "config.json",
+        ("num_hidden_layers 9, expected 2",),
+    ),
+    "config dtype": (PLAIN, config(dtype="float16"), "dtype", "config.json", ("tensors are bfloat16",)),
+    "config broken": (PLAIN, lambda f: (f / "out" / "config.json").write_text("{"), "file", "config.json", ("JSON",)),
+    "other base": (PLAIN, other_base, "value", EMBEDDING, ("another base",)),
+    "other adapter": (PLAIN, other_adapter, "value", Q, ("another adapter", "cosine")),
+    "other adapter, by its record": (PLAIN, other_adapter, "record", "adapter", ("sha256", "another adapter")),
+    "bias not added": (BIAS, without_bias, "value", f"{Q_PROJ}.bias", ("lora_bias", "not added")),
+    "token rows": (TOKENS, without_token_rows, "value", EMBEDDING, ("trained tokens", "not replaced")),
+    "DoRA magnitude": (DORA, without_magnitude, "value", Q, ("magnitudes of DoRA were ignored",)),
+    "tokenizer": (PLAIN, plant_tokenizer, "tokenizer", "tokenizer", (f"{VOCAB} rows",)),
+    "NF4 absmax": (NF4, scale_absmax, "value", Q, ("times those of float64", "scales of bitsandbytes nf4")),
+    "NF4 part lost": (NF4, lambda f: put(f, **{f"{Q}.absmax": None}), "encoding", "config.json", ("absmax",)),
+    "NF4 codes, FP4 config": (NF4, other_quant_type, "quantization_config", "config.json", ("fp4",)),
+    "NF4 codes, no config": (NF4, no_quantization, "quantization_config", "config.json", ("missing",)),
+    "plain weights, 4-bit config": (PLAIN, plain_four_bit, "quantization_config", "config.json", ("plain",)),
+    "int8 without the delta": (INT8, put_base_codes, "value", Q, ("LLM.int8",)),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_is_found_and_named(defect: str, tmp_path: Path) -> None:
+    """The finding names the check, the tensor or file, and what it is; before the defect there was none."""
+    scene, plant, check, where, words = DEFECTS[defect]
+    scene.make(tmp_path)
+    inputs = {"base": tmp_path / "base", "adapter": tmp_path / "adapter"}
+    assert loraweld.verify(tmp_path / "out", **inputs).findings == ()
+
+    plant(tmp_path)
+
+    report = loraweld.verify(tmp_path / "out", **inputs)
+    assert not report.holds
+    told = [finding.message for finding in report.findings if (finding.check, finding.where) == (check, where)]
+    assert told, report.findings
+    assert [word for word in words if word not in told[0]] == [], told[0]
+
+
+# No false alarm
+
+
+def peft_adapter(model: TinyModel, case: AdapterCase, folder: Path) -> tuple[Path, tuple[Path, ...]]:
+    base = folder / "base"
+    model.save(base, torch.bfloat16)
+    return base, case.train(model, base, folder / "adapter")[1]
+
+
+def each_pair(*models: str) -> pytest.MarkDecorator:
+    chosen = [pair for pair in pairs() if pair[0].name in models]
+    return pytest.mark.parametrize(("model", "case"), chosen, ids=lambda value: value.name)
+
+
+@each_pair("llama", "gpt2", "bert")
+def test_our_merges_hold(model: TinyModel, case: AdapterCase, tmp_path: Path) -> None:
+    """Over the table of adapter options: nothing is found, and everything was rounded once."""
+    base, adapters = peft_adapter(model, case, tmp_path)
+    loraweld.merge(adapters, base=base, output=tmp_path / "out", verify=True)
+    report = loraweld.verify(tmp_path / "out", base=base, adapter=adapters)
+    assert report.findings == ()
+    assert {result.rounded for result in report.tensors} <= {"once"}
+    assert report.notes == ()
+
+
+def named(*names: str) -> list[AdapterCase]:
+    return [case for case in CASES if case.name in names]
+
+
+@pytest.mark.parametrize("method", ["merged_4bit", "merged_8bit", "merged_fp8", "float32", "float16"])
+@pytest.mark.parametrize("case", named("linears", "dora", "embedding", "two", "tokens"), ids=lambda case: case.name)
+def test_encodings_and_dtypes_hold(method: str, case: AdapterCase, tmp_path: Path) -> None:
+    """Decoded values lie within the steps of their codes, and the change is in them."""
+    model = next(model for model, _ in pairs("linears") if model.name == "llama")
+    base, adapters = peft_adapter(model, case, tmp_path)
+    options = {"dtype": method} if method.startswith("float") else {"save_method": method}
+    loraweld.merge(adapters, base=base, output=tmp_path / "out", verify=True, **options)
+    report = loraweld.verify(tmp_path / "out", base=base, adapter=adapters)
+    assert report.findings == ()
+    expected = {"float32": "float32", "float16": "once"}.get(method, "encoded")
+    assert expected in {result.rounded for result in report.tensors}
+
+
+@pytest.mark.parametrize("method", ["merged_4bit", "merged_8bit", "merged_fp8"])
+def test_an_encoded_base_preserved_or_decoded_holds(method: str, tmp_path: Path) -> None:
+    """From codes back to the same codes, and from codes to 16 bit."""
+    save_llama(tmp_path / "plain")
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    loraweld.merge(
+        save_adapter(tmp_path / "none", nothing), base=tmp_path / "plain", output=tmp_path / "base", save_method=method
+    )
+    save_adapter(tmp_path / "adapter", TENSORS)
+    for output in ("preserve", "merged_16bit"):
+        options = {"base": tmp_path / "base", "output": tmp_path / output, "save_method": output}
+        loraweld.merge(tmp_path / "adapter", verify=True, **options)
+        report = loraweld.verify(tmp_path / output, base=tmp_path / "base", adapter=tmp_path / "adapter")
+        assert report.findings == ()
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("case", named("linears", "rslora", "dora", "save-norm", "two"), ids=lambda case: case.name)
+def test_what_peft_merges_holds(case: AdapterCase, safe_merge: bool, tmp_path: Path) -> None:
+    """PEFT's roundings are recognised: once by default, twice with safe_merge, after each of several adapters."""
+    model = next(model for model, _ in pairs("linears") if model.name == "llama")
+    base, adapters = peft_adapter(model, case, tmp_path)
+    merged = case.unmerged(model, base, adapters).merge_and_unload(safe_merge=safe_merge)
+    merged.save_pretrained(tmp_path / "out")
+    report = loraweld.verify(tmp_path / "out", base=base, adapter=adapters)
+    assert report.findings == ()
+    rounded = {result.rounded for result in report.tensors}
+    if safe_merge and case.name != "dora":  # PEFT does not round DoRA's delta
+        assert "twice" in rounded
+        assert "safe_merge=True" in report.notes[0]
+    else:
+        assert "twice" not in rounded
+    assert ("after each adapter" in rounded) == (case.name == "two" and not safe_merge)
+
+
+def test_a_defect_does_not_hide_behind_two_roundings(tmp_path: Path) -> None:
+    """One element of a model that was rounded twice is found."""
+    PLAIN.make(tmp_path)
+    right = {m: change(m).to(torch.bfloat16) for m in MODULES}
+    twice = {f"{m}.weight": (base_of(tmp_path, f"{m}.weight") + right[m].double()).to(torch.bfloat16) for m in MODULES}
+    put(tmp_path, **twice)
+    inputs = {"base": tmp_path / "base", "adapter": tmp_path / "adapter"}
+    assert {one.rounded for one in loraweld.verify(tmp_path / "out", **inputs).tensors} == {"twice"}
+    corrupt_element(tmp_path)
+    found = loraweld.verify(tmp_path / "out", **inputs).findings
+    assert [finding.where for finding in found] == [DOWN]
+
+
+# What is left of the change
+
+
+def test_a_change_below_the_steps_is_reported_with_what_to_do(tmp_path: Path) -> None:
+    """Retention: most elements keep the base's value, and the warning says so."""
+    Scene(tensors=loras(*MODULES), adapter={"lora_alpha": 0.002}).make(tmp_path)
+    report = loraweld.verify(tmp_path / "out", base=tmp_path / "base", adapter=tmp_path / "adapter")
+    assert report.holds
+    kept = [result.retention for result in report.tensors if result.retention]
+    assert len(kept) == len(MODULES)
+    assert all(one.lost > 0.5 and one.error > 0.5 for one in kept)
+    assert any("WARNING" in note and "--dtype float32" in note for note in report.notes)
+
+
+def test_retention_numbers_are_those_of_their_definition(tmp_path: Path) -> None:
+    """‖Δ‖/‖W‖, the error, the cosine: computed here from the tensors themselves."""
+    PLAIN.make(tmp_path)
+    report = loraweld.verify(tmp_path / "out", base=tmp_path / "base", adapter=tmp_path / "adapter")
+    found = next(result.retention for result in report.tensors if result.tensor == Q)
+    base, right = base_of(tmp_path, Q), change()
+    moved = load_folder(tmp_path / "out")[Q].double() - base
+    assert found is not None
+    assert found.change == pytest.approx(float(right.norm() / base.norm()))
+    assert found.error == pytest.approx(float((moved - right).norm() / right.norm()))
+    assert found.cosine == pytest.approx(float((moved * right).sum() / moved.norm() / right.norm()))
+    assert found.lost == float((moved == 0).double().mean())
+
+
+# Options, commands, publishing
+
+
+def test_a_sample_looks_at_the_same_share_each_time(tmp_path: Path) -> None:
+    """Less is compared, and what is wrong with whole tensors is found all the same."""
+    PLAIN.make(tmp_path)
+    inputs = {"base": tmp_path / "base", "adapter": tmp_path / "adapter", "sample": 0.25}
+    first, second = (loraweld.verify(tmp_path / "out", **inputs) for _ in range(2))
+    assert first.holds
+    assert first.tensors == second.tensors
+    assert next(one.elements for one in first.tensors if one.tensor == Q) == 5 * 16
+    times(2)(tmp_path)
+    assert [finding.where for finding in loraweld.verify(tmp_path / "out", **inputs).findings] == [Q]
+
+
+@pytest.mark.parametrize("sample", [0, -1, 1.5])
+def test_a_sample_that_is_no_share_is_rejected(sample: float, tmp_path: Path) -> None:
+    """Before anything is read."""
+    with pytest.raises(RequestError, match="sample"):
+        loraweld.verify(tmp_path, sample=sample)
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as exited:
+        main([str(argument) for argument in arguments])
+    assert isinstance(exited.value.code, int)
+    return exited.value.code
+
+
+def test_the_command_exits_with_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0 and a report, 1 and the findings, 2 for usage; --json has all of it."""
+    PLAIN.make(tmp_path)
+    line = ("verify", tmp_path / "out", "--base", tmp_path / "base", "--adapter", tmp_path / "adapter")
+    assert run(*line) == 0
+    assert "holds" in capsys.readouterr().out
+    times(2)(tmp_path)
+    assert run(*line, "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["holds"] is False
+    assert told["findings"][0]["where"] == Q
+    assert run(*line, "--sample", "2") == 2
+    assert run("verify", tmp_path / "out", "--base", tmp_path / "base") == 1
+    assert "--adapter" in capsys.readouterr().err
+
+
+def test_merge_verify_publishes_nothing_that_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The staged model is read again: a byte that the disk got wrong is found, and no output appears."""
+    save_llama(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", TENSORS)
+    finish = FolderSink.finish
+
+    def finish_wrong(sink: FolderSink, name: str, size: int) -> None:
+        finish(sink, name, size)
+        path = next(path for path in tmp_path.rglob(name) if "base" not in path.parts)
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 0x40
+        path.write_bytes(data)
+
+    options = {"base": tmp_path / "base", "output": tmp_path / "out", "verify": True}
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderSink, "finish", finish_wrong)
+        with pytest.raises(VerificationError, match=r"not published[\s\S]*corrupt"):
+            loraweld.merge(tmp_path / "adapter", **options)
+    assert not (tmp_path / "out").exists()
+    loraweld.merge(tmp_path / "adapter", **options)
+    assert loraweld.merge(tmp_path / "adapter", **options).was_there
+
+
+def test_verify_needs_the_whole_output(tmp_path: Path) -> None:
+    """Files that leave the disk one by one cannot be read again; a .gguf or an adapter is no merged model."""
+    with pytest.raises(RequestError, match="needs the whole output; give an output folder"):
+        loraweld.merge(tmp_path, push_to_hub="me/model", verify=True)
+    for method in ("gguf", "lora"):
+        with pytest.raises(RequestError, match="verify has no effect"):
+            loraweld.merge(tmp_path, output=tmp_path / "out", save_method=method, verify=True)
+
+
+def test_compare_tells_equal_differing_missing_and_extra(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers are those of their definitions; exit code 1 where anything differs."""
+    PLAIN.make(tmp_path)
+    put(tmp_path, **{NORM: None})
+    add(tmp_path, "more", torch.ones(2))
+    report = loraweld.compare(tmp_path / "base", tmp_path / "out")
+    assert (report.missing, report.extra) == ((NORM,), ("more",))
+    assert {one.tensor for one in report.differing} == {f"{module}.weight" for module in MODULES}
+    assert report.equal == len(load_folder(tmp_path / "base")) - len(MODULES) - 1
+    one = next(one for one in report.differing if one.tensor == Q)
+    base, merged = base_of(tmp_path, Q), load_folder(tmp_path / "out")[Q].double()
+    assert one.relative == pytest.approx(float((merged - base).norm() / base.norm()))
+    assert one.largest == float((merged - base).abs().max())
+    assert run("compare", tmp_path / "base", tmp_path / "out", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["missing"] == [NORM]
+    assert run("compare", tmp_path / "base", tmp_path / "base") == 0
