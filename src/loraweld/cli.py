@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from loraweld._version import __version__
 from loraweld.combine.methods import COMBINE_METHODS, MAJORITY_SIGN_METHODS
-from loraweld.errors import LoraweldError, RequestError
+from loraweld.errors import LoraweldError, RequestError, printable
 from loraweld.request import AS_GIVEN, DTYPES, QUANT_TYPES, MergeRequest, make_request
 from loraweld.save_methods import SAVE_METHODS
 
@@ -66,7 +66,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))
     elif not arguments.quiet:
-        print("\n".join(report.lines()))
+        print(printable("\n".join(report.lines())))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(made.to_json(), indent=2))
     elif not arguments.quiet:
-        print("\n".join(plan_lines(made)))
+        print(printable("\n".join(plan_lines(made))))
 
 
 def _extract(arguments: argparse.Namespace) -> None:
@@ -107,7 +107,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from loraweld.report import inspect_lines
 
     found = inspect(arguments.path)
-    print(json.dumps(found, indent=2) if arguments.json else "\n".join(inspect_lines(found)))
+    print(json.dumps(found, indent=2) if arguments.json else printable("\n".join(inspect_lines(found))))
 
 
 def _request(arguments: argparse.Namespace) -> MergeRequest:
@@ -117,7 +117,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
             *("workers", "overwrite", "resume", "tokenizer", "gguf_type", "keep_merged"),
             *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
-            *("expert_layout", "stream_base", "token", "push_to_hub"),
+            *("expert_layout", "allow_nonfinite", "stream_base", "token", "push_to_hub"),
             *("private", "revision", "create_pr", "commit_message"),
             *("weights", "combine", "density", "seed", "svd_rank", "majority_sign_method", "scale"),
         )
@@ -199,6 +199,11 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="how factors of square experts lie, where peft_version is not in the config: standard (A reads the last "
         "size) or swapped (default: %(default)s)",
+    )
+    add(
+        "--allow-nonfinite",
+        action="store_true",
+        help="write weights that are infinite or not a number as they are, and say which (default: refuse them)",
     )
     add(
         "--max-shard-size",

@@ -57,7 +57,7 @@ class NumericsError(LoraweldError):
 
 
 def printable(text: str) -> str:
-    """Return `text`, of which strangers may have chosen parts, without what steers a terminal, and cut if it is long."""
+    """Return `text`, of which strangers may have chosen parts, without what steers a terminal, and cut if long."""
     shown = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text[:MAX_MESSAGE])
     return shown if len(text) <= MAX_MESSAGE else f"{shown}…"
 
