@@ -31,6 +31,7 @@ else:
 
 MAX_PATTERN = 20_000  # characters
 MAX_STEPS = 3_000_000  # of one config: some seconds
+_STEPS_TO_PARSE = 15  # for each character
 _MAX_WAYS = 1000  # so many choices, and one repeat of a letter, `re` tries in time that does not matter
 _MAX_GROUPS_DEPTH = 50
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
@@ -67,6 +68,7 @@ class Pattern:
     def __init__(self, text: str, budget: Budget) -> None:
         self.text = text
         self._budget = budget
+        budget.spend(_STEPS_TO_PARSE * (10 + len(text)), text)
         try:
             if len(text) > MAX_PATTERN:
                 raise re.error(f"{len(text)} characters, limit is {MAX_PATTERN}")
