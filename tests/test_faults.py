@@ -180,7 +180,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     """A file system that nothing can be written to."""
     folder = tmp_path / "read-only"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", folder]
+    command = ["mount", "-t", "tmpfs", "-o", "ro,size=64m", "tmpfs", folder]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("NOT TESTED: a read-only file system; only root where mounts are permitted can make one")
     yield folder
