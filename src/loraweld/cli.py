@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from loraweld._version import __version__
 from loraweld.combine.methods import COMBINE_METHODS, MAJORITY_SIGN_METHODS
-from loraweld.errors import LoraweldError, RequestError
+from loraweld.errors import LoraweldError, RequestError, printable
 from loraweld.request import AS_GIVEN, DTYPES, QUANT_TYPES, MergeRequest, make_request
 from loraweld.save_methods import SAVE_METHODS
 
@@ -66,7 +66,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))
     elif not arguments.quiet:
-        print("\n".join(report.lines()))
+        print(printable("\n".join(report.lines())))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(made.to_json(), indent=2))
     elif not arguments.quiet:
-        print("\n".join(plan_lines(made)))
+        print(printable("\n".join(plan_lines(made))))
 
 
 def _extract(arguments: argparse.Namespace) -> None:
@@ -146,7 +146,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from loraweld.report import inspect_lines
 
     found = inspect(arguments.path)
-    print(json.dumps(found, indent=2) if arguments.json else "\n".join(inspect_lines(found)))
+    print(json.dumps(found, indent=2) if arguments.json else printable("\n".join(inspect_lines(found))))
 
 
 def _request(arguments: argparse.Namespace) -> MergeRequest:
@@ -156,7 +156,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
             *("workers", "overwrite", "resume", "tokenizer", "gguf_type", "keep_merged"),
             *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
-            *("expert_layout", "stream_base", "token", "push_to_hub"),
+            *("expert_layout", "allow_nonfinite", "stream_base", "token", "push_to_hub"),
             *("private", "revision", "create_pr", "commit_message"),
             *("weights", "combine", "density", "seed", "svd_rank", "majority_sign_method", "scale", "verify"),
         )
@@ -280,6 +280,21 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         "size) or swapped (default: %(default)s)",
     )
     add(
+        "--allow-nonfinite",
+        action="store_true",
+        help="write weights that are infinite or not a number as they are, and say which (default: refuse them)",
+    )
+    _add_running_arguments(parser)
+    _add_combining_arguments(parser.add_argument_group("strength, and several adapters"))
+    _add_encoding_arguments(parser.add_argument_group("quantised bases and outputs"))
+    _add_hub_arguments(parser.add_argument_group("the Hub"))
+    add("--json", action="store_true", help="print the report as JSON on stdout")
+    add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "--max-shard-size",
         metavar="SIZE",
         help="repack into files of at most this size, e.g. 5GB (default: as the base)",
@@ -308,11 +323,6 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check the output against float64 before it appears; refuse it if it fails",
     )
-    _add_combining_arguments(parser.add_argument_group("strength, and several adapters"))
-    _add_encoding_arguments(parser.add_argument_group("quantised bases and outputs"))
-    _add_hub_arguments(parser.add_argument_group("the Hub"))
-    add("--json", action="store_true", help="print the report as JSON on stdout")
-    add("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _add_combining_arguments(group: argparse._ArgumentGroup) -> None:

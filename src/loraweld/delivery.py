@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.stored import file_identity
-from loraweld.errors import LoraweldError, OutputError
+from loraweld.errors import CheckpointError, LoraweldError, OutputError
 from loraweld.export.pipeline import beside_export
 from loraweld.hub.card import CardFacts, card_text
 from loraweld.hub.repository import CARD_NAME, Repository
 from loraweld.hub.upload import HubBase, Upload
 from loraweld.planning.facts import Facts
-from loraweld.planning.merge_plan import RECORD_NAME, MergePlan
-from loraweld.planning.notes import base_difference_notes, no_change_notes
+from loraweld.planning.merge_plan import RECORD_NAME, Input, MergePlan
+from loraweld.planning.notes import base_difference_notes, no_change_notes, nonfinite_notes
 from loraweld.record import record_text
 from loraweld.report import (
     MergeReport,
@@ -82,6 +82,7 @@ def deliver(
         check=check,
         started=time.monotonic() if started is None else started,
         streams=request.streams_to_hub and complete is None,
+        copied=_copied(made),
     )
     try:
         if repository is None:
@@ -90,6 +91,15 @@ def deliver(
         return work.to_hub(repository, _hub_base(facts)) if work.streams else _send(work, repository)
     except OSError as error:
         raise _output_error(error, request) from None
+
+
+def _copied(made: MergePlan) -> tuple[Input, ...]:
+    """The small files that will be copied, as they are now."""
+    sources = [file.source for file in made.small if file.source]
+    try:
+        return tuple(Input(path, file_identity(path)) for path in sources)
+    except OSError as error:
+        raise CheckpointError(f"{str(error.filename)[:200]}: cannot be read: {error.strerror}") from None
 
 
 def _hub_base(facts: Facts | None) -> HubBase | None:
@@ -121,6 +131,7 @@ class _Work:
     check: Complete | None
     started: float
     streams: bool
+    copied: tuple[Input, ...]
 
     def to_folder(self) -> MergeReport:
         """Find the output finished, compare it, or write it."""
@@ -196,6 +207,22 @@ class _Work:
         fidelity = fidelity_of(self.made, measured)
         return RunFacts(resumed_bytes=self.made.merged_bytes, fidelity=_weights(fidelity))
 
+    def _check_unchanged(self) -> None:
+        """Raises:
+        CheckpointError: a file has changed since it was opened, so that the output may be part of each.
+        """
+        for one in (*self.made.inputs, *self.copied):
+            try:
+                found = file_identity(one.path)
+            except OSError as error:
+                raise CheckpointError(f"cannot be found any more: {error.strerror}", path=one.path) from None
+            if found != one.identity:
+                raise CheckpointError(
+                    "has changed while it was read (size, time or inode); nothing was written. Merge again when "
+                    "nobody writes to it",
+                    path=one.path,
+                )
+
     def _is_taken(self) -> bool:
         """True if something is in the output place that may not be replaced."""
         output = self.request.output
@@ -219,11 +246,16 @@ class _Work:
             self.made, sink, closing=lambda run: self._closing(_weights(run.fidelity)), progress=self.progress
         )
         notes = no_change_notes(self.made) if result.saw_no_change else []
-        notes += base_difference_notes(result.base_difference)
+        notes += [*base_difference_notes(result.base_difference), *nonfinite_notes(result.nonfinite)]
         return RunFacts(resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_weights(result.fidelity))
 
     def _closing(self, fidelity: Sequence[WeightFidelity]) -> Mapping[str, str]:
-        """What is written last: the card, which tells of the run, and the record."""
+        """What is written last: the card, which tells of the run, and the record.
+
+        Raises:
+            CheckpointError: what was read is not what is there now; nothing may appear.
+        """
+        self._check_unchanged()
         texts = {}
         if self.card is not None:
             texts[CARD_NAME] = card_text(self.card, fidelity_lines(fidelity))
@@ -249,8 +281,8 @@ class _Work:
         hub = self.request.hub
         place = (hub.repo_id, hub.revision, hub.create_pr) if hub is not None and self.streams else None
         digest = hashlib.sha256(f"{self.made.fingerprint}\0{self.record}\0{place}".encode())
-        for path in (*self.made.inputs, *(file.source for file in self.made.small if file.source)):
-            digest.update(repr((str(path), file_identity(path))).encode())
+        for one in (*self.made.inputs, *self.copied):
+            digest.update(repr((str(one.path), one.identity)).encode())
         return digest.hexdigest()
 
     def _report(self, facts: RunFacts, *, was_there: bool = False) -> MergeReport:

@@ -12,15 +12,24 @@ LoraweldError            something the user can fix; the CLI prints it without a
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
+
+MAX_MESSAGE = 200_000  # characters: room for a line on each of a large model's modules
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 150
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 16
 
 
 class LoraweldError(Exception):
     """Something the user can fix: says where, what was found, what was expected and what to do next."""
 
     def __init__(self, message: str, *, path: Path | None = None) -> None:
-        super().__init__(message if path is None else f"{path}: {message}")
+        super().__init__(printable(message if path is None else f"{path}: {message}"))
         self.path = path
 
 
@@ -50,6 +59,18 @@ class NumericsError(LoraweldError):
 
 class VerificationError(LoraweldError):
     """What was written is not base + adapters; it was not published."""
+
+
+def printable(text: str) -> str:
+    """Return `text`, of which strangers may have chosen parts, without what steers a terminal, and cut if long."""
+    shown = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text[:MAX_MESSAGE])
+    return shown if len(text) <= MAX_MESSAGE else f"{shown}…"
+
+
+def shortened(value: object) -> str:
+    """Return a stranger's value as a message shows it: quoted, and cut."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def listing(items: Iterable[str], *, limit: int | None = None) -> str:

@@ -66,6 +66,7 @@ class MergeRequest:
     gguf_types: tuple[str, ...] = ()
     keep_merged: bool = False
     expert_layout: str = "auto"
+    allow_nonfinite: bool = False
     stream_base: bool = False
     token: str | bool | None = field(default=None, repr=False)
     hub: HubTarget | None = None
@@ -100,6 +101,7 @@ def make_request(
     gguf_type: str | Sequence[str] | None = None,
     keep_merged: bool = False,
     expert_layout: str = "auto",
+    allow_nonfinite: bool = False,
     stream_base: bool = False,
     token: str | bool | None = None,
     push_to_hub: str | None = None,
@@ -170,6 +172,7 @@ def make_request(
         merge_base=_choice("merge_base", folded, (AS_GIVEN, QUANTIZED_FROM)),
         quantized_base=quantized_base or None,
         expert_layout=_choice("expert_layout", expert_layout, EXPERT_LAYOUTS),
+        allow_nonfinite=allow_nonfinite,
         stream_base=stream_base,
         token=token,
         hub=hub,

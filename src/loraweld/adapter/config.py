@@ -6,15 +6,15 @@ Source: PEFT 0.21.2, `LoraConfig` and `peft.utils.other.get_pattern_key`.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loraweld.adapter.patterns import Budget, LayerNumber, Names, Pattern, PatternTable
 from loraweld.adapter.tuners import TUNERS, UNMERGEABLE, Tuner
 from loraweld.checkpoint.jsonfile import read_json_object
-from loraweld.errors import AdapterError
+from loraweld.errors import AdapterError, shortened
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -49,6 +49,18 @@ _DEFAULT_RANKS = {"ADALORA": 12}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Matching:
+    """What the config's expressions and lists of names say of modules, in bounded time."""
+
+    ranks: PatternTable
+    alphas: PatternTable
+    targets: Names
+    excluded: Names
+    feedforward: Pattern | tuple[str, ...]
+    layer: LayerNumber
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
     """What an adapter's config says, as far as merging needs it. `init` is lower-case ("true", "pissa", …).
 
@@ -78,6 +90,7 @@ class AdapterConfig:
     task_type: str
     base: str | None
     revision: str | None
+    matching: Matching = field(repr=False, compare=False)
 
     @property
     def tuner(self) -> Tuner:
@@ -95,15 +108,13 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """Return the rank that r and rank_pattern give `module`."""
-        rank: int = _by_pattern(self.rank_pattern, module, self.rank, self.path)
-        return rank
+        key = self.matching.ranks.first(module)
+        return self.rank if key is None else self.rank_pattern[key]
 
     def names_feedforward(self, module: str) -> bool:
         """Return whether IA3 scaled the inputs of `module` (ia3/model.py: a pattern, or ends of paths)."""
-        named = self.raw.get("feedforward_modules") or ()
-        if isinstance(named, str):
-            return re.fullmatch(named, module) is not None
-        return any(module.endswith(name) for name in named)
+        named = self.matching.feedforward
+        return named.matches(module) if isinstance(named, Pattern) else module.endswith(named)
 
     def scaling(self, module: str, rank: int) -> float:
         """Return the factor of B·A for `module`: alpha / r, or alpha / sqrt(r) with rsLoRA.
@@ -120,7 +131,8 @@ class AdapterConfig:
                 "the scaling alpha / r would be a guess. Correct the config",
                 path=self.path,
             )
-        alpha: float = _by_pattern(self.alpha_pattern, module, self.alpha, self.path)
+        key = self.matching.alphas.first(module)
+        alpha = self.alpha if key is None else self.alpha_pattern[key]
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
@@ -142,9 +154,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         peft_type=peft_type,
         rank=rank,
         alpha=alpha,
-        use_rslora=bool(raw.get("use_rslora")),
-        use_dora=bool(raw.get("use_dora")),
-        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        use_rslora=_flag(raw, "use_rslora", path),
+        use_dora=_flag(raw, "use_dora", path),
+        fan_in_fan_out=_flag(raw, "fan_in_fan_out", path),
         rank_pattern=patterns[0],
         alpha_pattern=patterns[1],
         init=_init(raw.get("init_lora_weights", True), path) if peft_type == "LORA" else "true",
@@ -157,9 +169,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         token_indices=_token_indices(raw.get(_TOKENS.get(peft_type, "trainable_token_indices")), path),
         target_parameters=tuple(_names(raw.get("target_parameters"), "target_parameters", path)),
         peft_version=_text(raw, "peft_version", path),
-        task_type=str(raw.get("task_type") or ""),
+        task_type=_text(raw, "task_type", path) or "",
         base=_text(raw, "base_model_name_or_path", path),
         revision=_text(raw, "revision", path),
+        matching=_matching(raw, patterns, path),
     )
 
 
@@ -172,7 +185,9 @@ def _peft_type(raw: Mapping[str, Any], path: Path) -> str:
         raise AdapterError(f"peft_type is {peft_type}, which cannot be merged: {UNMERGEABLE[peft_type]}", path=path)
     if peft_type not in TUNERS:
         known = ", ".join(sorted(TUNERS))
-        raise AdapterError(f"peft_type is {peft_type}, which is not known; this version merges {known}", path=path)
+        raise AdapterError(
+            f"peft_type is {shortened(peft_type)}, which is not known; this version merges {known}", path=path
+        )
     return peft_type
 
 
@@ -209,58 +224,67 @@ def _init(value: object, path: Path) -> str:
         return init
     if init.startswith("pissa_niter"):
         raise AdapterError(
-            f"init_lora_weights is {init!r}: its randomised SVD cannot be repeated; {_CONVERT}", path=path
+            f"init_lora_weights is {shortened(init)}: its randomised SVD cannot be repeated; {_CONVERT}", path=path
         )
     if init in _UNREPEATABLE_INITS:
         raise AdapterError(f"init_lora_weights is {init!r}: {_UNREPEATABLE_INITS[init]}; {_CONVERT}", path=path)
     raise AdapterError(
-        f"init_lora_weights is {init!r}, which is not known; known are "
+        f"init_lora_weights is {shortened(init)}, which is not known; known are "
         f"{', '.join(sorted(_PLAIN_INITS | set(_UNREPEATABLE_INITS) | {'pissa', 'olora'}))}",
         path=path,
     )
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any, path: Path) -> Any:
-    """Return the value of the first key that matches `module` up to its end, from a dot or the start."""
-    for key, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise AdapterError(f"pattern {key!r} is not a valid regular expression ({error})", path=path) from None
-    return default
+def _matching(raw: Mapping[str, Any], patterns: Sequence[Mapping[str, Any]], path: Path) -> Matching:
+    budget = Budget(path)
+    feedforward = _targets(raw, "feedforward_modules", path)
+    return Matching(
+        ranks=PatternTable(patterns[0], budget),
+        alphas=PatternTable(patterns[1], budget),
+        targets=Names(_targets(raw, "target_modules", path), budget),
+        excluded=Names(_targets(raw, "exclude_modules", path), budget),
+        feedforward=Pattern(feedforward, budget) if isinstance(feedforward, str) else feedforward or (),
+        layer=LayerNumber(_layers_pattern(raw, path), budget),
+    )
 
 
 def _value(raw: Mapping[str, Any], key: str, kind: type, path: Path, *, default: Any = None) -> Any:
     value = raw.get(key, default)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise AdapterError(f"{key} is {value!r}, expected {kind.__name__}", path=path)
+        raise AdapterError(f"{key} is {shortened(value)}, expected {kind.__name__}", path=path)
     return value
+
+
+def _flag(raw: Mapping[str, Any], key: str, path: Path) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise AdapterError(f"{key} is {shortened(value)}, expected true or false", path=path)
+    return bool(value)
 
 
 def _text(raw: Mapping[str, Any], key: str, path: Path) -> str | None:
     value = raw.get(key)
     if value is not None and not isinstance(value, str):
-        raise AdapterError(f"{key} is {value!r}, expected a string", path=path)
+        raise AdapterError(f"{key} is {shortened(value)}, expected a string", path=path)
     return value or None
 
 
 def _mapping(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
-        raise AdapterError(f"{key} is {value!r}, expected an object", path=path)
+        raise AdapterError(f"{key} is {shortened(value)}, expected an object", path=path)
     return value
 
 
 def _rank(value: object, path: Path) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AdapterError(f"rank {value!r} is not a positive integer", path=path)
+        raise AdapterError(f"rank {shortened(value)} is not a positive integer", path=path)
     return value
 
 
 def _finite(value: object, key: str, path: Path) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise AdapterError(f"{key} holds {value!r}, expected a finite number", path=path)
+        raise AdapterError(f"{key} holds {shortened(value)}, expected a finite number", path=path)
     return float(value)
 
 
@@ -268,7 +292,7 @@ def _names(value: object, key: str, path: Path) -> list[str]:
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise AdapterError(f"{key} is {value!r}, expected a list of names", path=path)
+        raise AdapterError(f"{key} is {shortened(value)}, expected a list of names", path=path)
     return value
 
 
@@ -283,7 +307,7 @@ def _layers(value: object, path: Path) -> tuple[int, ...] | None:
         return None
     numbers: list[Any] = value if isinstance(value, list) else [value]
     if not all(type(number) is int for number in numbers):
-        raise AdapterError(f"layers_to_transform is {value!r}, expected layer numbers", path=path)
+        raise AdapterError(f"layers_to_transform is {shortened(value)}, expected layer numbers", path=path)
     return tuple(numbers)
 
 
@@ -297,7 +321,7 @@ def _layer_replication(raw: Mapping[str, Any], path: Path) -> tuple[tuple[int, i
     value = raw.get("layer_replication") or []
     if not isinstance(value, list) or not all(_is_range(item) for item in value):
         raise AdapterError(
-            f"layer_replication is {value!r}, expected ranges [start, stop) with 0 ≤ start < stop", path=path
+            f"layer_replication is {shortened(value)}, expected ranges [start, stop) with 0 ≤ start < stop", path=path
         )
     if value and str(raw.get("init_lora_weights", True)).lower() in ("pissa", "olora"):
         raise AdapterError(
@@ -321,10 +345,10 @@ def _token_indices(value: object, path: Path) -> dict[str, tuple[int, ...]]:
     """Return module name → token ids; a bare list means the input embedding and is filed under ""."""
     by_module = {"": value} if isinstance(value, list) else value or {}
     if not isinstance(by_module, dict):
-        raise AdapterError(f"trainable_token_indices is {value!r}, expected a list or an object", path=path)
+        raise AdapterError(f"trainable_token_indices is {shortened(value)}, expected a list or an object", path=path)
     for ids in by_module.values():
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise AdapterError(f"trainable_token_indices holds {ids!r}, expected token ids", path=path)
+            raise AdapterError(f"trainable_token_indices holds {shortened(ids)}, expected token ids", path=path)
         if len(set(ids)) != len(ids):
             raise AdapterError("trainable_token_indices names a token twice", path=path)
     return {module: tuple(ids) for module, ids in by_module.items()}

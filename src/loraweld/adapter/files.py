@@ -13,7 +13,7 @@ from loraweld.adapter.config import CONFIG_NAME, AdapterConfig, read_adapter_con
 from loraweld.adapter.keys import parse_key
 from loraweld.adapter.tuners import Tuner
 from loraweld.adapter.values import same_values
-from loraweld.checkpoint.stored import SafetensorsFile, StoredTensor, read_safetensors
+from loraweld.checkpoint.stored import Identity, SafetensorsFile, StoredTensor, file_identity, read_safetensors
 from loraweld.errors import AdapterError, CheckpointError, listing
 
 SAFE_NAME = "adapter_model.safetensors"
@@ -40,7 +40,7 @@ class Adapter:
 
     `shared` maps the names of tensors that all modules use (projections, vector banks) to them.
     `weights` is the file as found, `safetensors` its form that is read. `untrained` are the tensors that play
-    no part in the result (see `keys`). `weight` is the factor of what it changes.
+    no part in the result (see `keys`). `weight` is the factor of what it changes. `identity` is that of `weights`.
     """
 
     folder: Path
@@ -54,6 +54,7 @@ class Adapter:
     shared: Mapping[str, StoredTensor] = field(default_factory=dict)
     name: str | None = None
     weight: float = 1.0
+    identity: Identity = field(default=(), compare=False)
 
     @property
     def label(self) -> str:
@@ -75,7 +76,7 @@ def open_adapter(folder: Path, *, label: str | None = None) -> Adapter:
     """
     folder = _locate(folder)
     config = read_adapter_config(folder)
-    weights, file, scratch = _open_weights(folder)
+    weights, file, scratch, identity = _open_weights(folder)
     grouped = _group(file, config.tuner)
     if not (grouped.modules or grouped.parameters or grouped.shared):
         raise AdapterError("holds no tensors; was the adapter saved?", path=weights)
@@ -90,6 +91,7 @@ def open_adapter(folder: Path, *, label: str | None = None) -> Adapter:
         scratch=scratch,
         shared=grouped.shared,
         name=label,
+        identity=identity,
     )
 
 
@@ -110,16 +112,14 @@ def _locate(folder: Path) -> Path:
     raise AdapterError(f"has no {CONFIG_NAME}; is it a PEFT adapter?", path=folder)
 
 
-def _open_weights(
-    folder: Path,
-) -> tuple[Path, SafetensorsFile, Scratch | None]:
+def _open_weights(folder: Path) -> tuple[Path, SafetensorsFile, Scratch | None, Identity]:
     if (folder / SAFE_NAME).exists():
-        weights = folder / SAFE_NAME
-        return weights, _read(weights), None
+        file = _read(folder / SAFE_NAME)
+        return file.path, file, None, file.identity
     if (folder / PICKLE_NAME).exists():
         weights = folder / PICKLE_NAME
-        scratch = Scratch()
-        return weights, _read(_unpickle(weights, scratch.folder)), scratch
+        scratch, identity = Scratch(), file_identity(weights)
+        return weights, _read(_unpickle(weights, scratch.folder)), scratch, identity
     raise AdapterError(f"has neither {SAFE_NAME} nor {PICKLE_NAME}", path=folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from loraweld.checkpoint.header import build_header
+from loraweld.checkpoint.opening import open_regular
 from loraweld.checkpoint.pickled import load_tensors
 from loraweld.errors import AdapterError, CheckpointError
 
@@ -27,9 +28,12 @@ def convert_pickle(path: Path, target: Path) -> Path:
         AdapterError: not a pickle of plain tensors.
     """
     try:
-        state = load_tensors(path, device="cpu")
+        with open_regular(path) as file:
+            state = load_tensors(file, device="cpu")
+    except OSError as error:
+        raise AdapterError(f"cannot be read: {error.strerror}", path=path) from None
     except CheckpointError as error:
-        raise AdapterError(str(error), path=path) from None
+        raise AdapterError(str(error), path=None if error.path else path) from None
     _write(state, path, target)
     return target
 

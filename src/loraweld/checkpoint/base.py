@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,16 @@ from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.mounted import exists, mounted_in
 from loraweld.checkpoint.stored import PickledFile, SafetensorsFile, StoredFile, StoredTensor, read_safetensors
 from loraweld.dtypes import is_plain_float
-from loraweld.errors import CheckpointError, listing
+from loraweld.errors import CheckpointError, listing, shortened
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 CONFIG_NAME = "config.json"
+MAX_FILE_NAME = 255
+_WEIGHT_ENDINGS = (".safetensors", ".bin")
+_NOT_IN_NAMES = re.compile(r"[\x00-\x1f\x7f\\:\ud800-\udfff]")
 _CONFIG_TYPES: dict[str, type] = {
     "model_type": str,
     "architectures": list,
@@ -130,7 +134,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
     for key, kind in _CONFIG_TYPES.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kind):
-            raise CheckpointError(f"{key} is {str(value)[:80]!r}, expected a JSON {kind.__name__}", path=path)
+            raise CheckpointError(f"{key} is {shortened(value)}, expected a JSON {kind.__name__}", path=path)
 
 
 def holds_pickles(folder: Path) -> bool:
@@ -182,18 +186,25 @@ def _indexed_files(index: Mapping[str, Any], path: Path) -> list[str]:
         raise CheckpointError("has no weight_map; is it the index of a sharded model?", path=path)
     if not isinstance(index.get("metadata") or {}, dict):
         raise CheckpointError("has metadata that is not a JSON object", path=path)
-    names = sorted({str(name) for name in weight_map.values()})
+    names = sorted({name if isinstance(name, str) else repr(name) for name in weight_map.values()})
     for name in names:
         if not _is_plain_name(name):
-            raise CheckpointError(f"names the file {name!r}; weights lie beside their index, as plain names", path=path)
+            raise CheckpointError(
+                f"weight_map names the file {shortened(name)}; weights lie beside their index, as plain names that "
+                f"end in {' or '.join(_WEIGHT_ENDINGS)}",
+                path=path,
+            )
         if not exists(path.parent / name):
-            raise CheckpointError(f"names {name!r}, which is missing; is the download complete?", path=path)
+            raise CheckpointError(
+                f"weight_map names {shortened(name)}, which is missing; is the download complete?", path=path
+            )
     return names
 
 
 def _is_plain_name(name: str) -> bool:
-    """A file name alone: no folder, nothing that leads out of the model's own."""
-    return PurePosixPath(name).name == name and not set(name) & set("\0\\:")
+    """A file name alone: no folder, nothing that leads out of the model's own or that has another file's name."""
+    is_name = PurePosixPath(name).name == name and name.endswith(_WEIGHT_ENDINGS)
+    return is_name and len(name.encode(errors="replace")) <= MAX_FILE_NAME and not _NOT_IN_NAMES.search(name)
 
 
 def _by_name(files: Iterable[StoredFile]) -> dict[str, StoredTensor]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from loraweld.checkpoint.parsing import parse_json
 from loraweld.dtypes import DTYPES, num_bytes
-from loraweld.errors import CheckpointError
+from loraweld.errors import CheckpointError, shortened
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -99,27 +99,12 @@ def build_header(
 
 def _json_object(text: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_object)
-        json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate in a name cannot be written again
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        body = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"header is not valid JSON ({error}); file damaged?") from None
     if not isinstance(body, dict):
         raise CheckpointError(f"header is a JSON {type(body).__name__}, expected an object")
     return body
-
-
-def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        (name, count), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise CheckpointError(f"header names {_short(name)} {count} times; each tensor must have one place")
-    return found
-
-
-def _short(value: object) -> str:
-    """A stranger's value in a message, cut."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _metadata(value: object) -> dict[str, str]:
@@ -130,18 +115,20 @@ def _metadata(value: object) -> dict[str, str]:
 
 def _entry(name: str, value: object) -> Entry:
     if not isinstance(value, dict):
-        raise CheckpointError(f"tensor {_short(name)}: header entry is not an object")
+        raise CheckpointError(f"tensor {shortened(name)}: header entry is not an object")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"tensor {_short(name)}: unknown dtype {_short(dtype)}; known are {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"tensor {shortened(name)}: unknown dtype {shortened(dtype)}; known are {', '.join(DTYPES)}"
+        )
     if not _is_counts(shape):
-        raise CheckpointError(f"tensor {_short(name)}: shape {_short(shape)} is not a list of sizes")
+        raise CheckpointError(f"tensor {shortened(name)}: shape {shortened(shape)} is not a list of sizes")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"tensor {_short(name)}: data_offsets {_short(offsets)} are not [start, end]")
+        raise CheckpointError(f"tensor {shortened(name)}: data_offsets {shortened(offsets)} are not [start, end]")
     expected = num_bytes(dtype, math.prod(shape))
     if offsets[1] - offsets[0] != expected:
         raise CheckpointError(
-            f"tensor {_short(name)}: {dtype} {_short(shape)} takes {expected} bytes, "
+            f"tensor {shortened(name)}: {dtype} {shortened(shape)} takes {expected} bytes, "
             f"data_offsets hold {offsets[1] - offsets[0]}"
         )
     return Entry(name=name, dtype=dtype, shape=tuple(shape), start=offsets[0], end=offsets[1])
@@ -159,7 +146,9 @@ def _check_contiguous(entries: list[Entry], data_bytes: int) -> None:
     for entry in entries:
         if entry.start != position:
             kind = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-            raise CheckpointError(f"tensor {_short(entry.name)}: starts at {entry.start}, expected {position}: {kind}")
+            raise CheckpointError(
+                f"tensor {shortened(entry.name)}: starts at {entry.start}, expected {position}: {kind}"
+            )
         position = entry.end
     if position != data_bytes:
         raise CheckpointError(

@@ -6,27 +6,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loraweld.errors import CheckpointError
+from loraweld.checkpoint.opening import open_regular
+from loraweld.checkpoint.parsing import parse_json
+from loraweld.errors import CheckpointError, LoraweldError
 
-MAX_JSON_BYTES = 200_000_000  # the largest tokenizer.json known is about 35 MB, an index of 100k tensors 10 MB
+MAX_JSON_BYTES = 64_000_000  # the largest tokenizer.json known is about 35 MB, an index of 100k tensors 10 MB
 
 
-def read_json_object(path: Path, *, error: type[CheckpointError] | type[Exception] = CheckpointError) -> dict[str, Any]:
-    """Return the object in `path`.
+def read_json_object(
+    path: Path, *, error: type[LoraweldError] = CheckpointError, unique_names: bool = True
+) -> dict[str, Any]:
+    """Return the object in `path`; `unique_names`: refuse one that has a name twice.
 
     Raises:
-        CheckpointError: (or `error`) missing, unreadable, too large, not JSON or not an object.
+        LoraweldError: (as `error`) missing, unreadable, not a file, too large, not JSON or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise error(f"{path}: holds {path.stat().st_size} bytes, limit for JSON is {MAX_JSON_BYTES}")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise error(f"holds {path.stat().st_size} bytes, limit for JSON is {MAX_JSON_BYTES}", path=path)
+        value = parse_json(data, unique_names=unique_names)
     except OSError as cause:
-        raise error(f"{path}: cannot be read: {cause.strerror}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as cause:
-        raise error(f"{path}: is not valid JSON ({cause})") from None
+        raise error(f"cannot be read: {cause.strerror}", path=path) from None
+    except ValueError as cause:
+        raise error(f"is not valid JSON ({cause}); file damaged?", path=path) from None
+    except CheckpointError as cause:
+        raise (cause if isinstance(cause, error) else error(str(cause))) from None
     if not isinstance(value, dict):
-        raise error(f"{path}: is a JSON {type(value).__name__}, expected an object")
+        raise error(f"is a JSON {type(value).__name__}, expected an object", path=path)
     return value
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
+from loraweld.checkpoint.opening import open_regular
+
 
 class MountedFile(Protocol):
     """What reading needs of a file: its size, what identifies its content, its bytes at any place, from any thread."""
@@ -75,9 +77,10 @@ def open_stored(path: Path) -> BinaryIO:
 
     Raises:
         OSError: as `open` does.
+        CheckpointError: not a regular file, or a link that leads out of its folder.
     """
     file = mounted(path)
-    return path.open("rb") if file is None else cast(BinaryIO, _Stream(file))
+    return open_regular(path) if file is None else cast(BinaryIO, _Stream(file))
 
 
 class _Stream(io.RawIOBase):

@@ -24,7 +24,8 @@ from typing import BinaryIO
 
 import torch
 
-from loraweld.checkpoint.stored import PickledFile, StoredTensor, regular_file_bytes
+from loraweld.checkpoint.mounted import open_stored
+from loraweld.checkpoint.stored import PickledFile, StoredTensor, check_names, identity_of, stored_bytes
 from loraweld.dtypes import CODE_BY_TORCH_NAME
 from loraweld.errors import CheckpointError, listing
 
@@ -57,15 +58,16 @@ def read_pickled(path: Path) -> PickledFile:
             lie in the file as safetensors would have them.
     """
     try:
-        with path.open("rb") as file:
-            file_bytes = regular_file_bytes(file)
+        with open_stored(path) as file:
+            file_bytes, identity = stored_bytes(path, file), identity_of(path, file)
             description, records = _read_archive(file, file_bytes)
             tensors = _find_tensors(description, records, path)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}", path=path) from None
     except CheckpointError as error:
         raise error if error.path else CheckpointError(str(error), path=path) from None
-    return PickledFile(path=path, file_bytes=file_bytes, tensors=tensors, description=description)
+    check_names((tensor.name for tensor in tensors), path)
+    return PickledFile(path=path, file_bytes=file_bytes, tensors=tensors, description=description, identity=identity)
 
 
 def load_tensors(source: Path | BinaryIO, *, device: str) -> dict[str, torch.Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import stat
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -13,9 +13,12 @@ from typing import BinaryIO
 from loraweld.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
 from loraweld.checkpoint.mounted import mounted, open_stored
 from loraweld.dtypes import num_bytes
-from loraweld.errors import CheckpointError
+from loraweld.errors import CheckpointError, shortened
 
 _PIECE_BYTES = 1 << 20
+MAX_NAME = 1000  # characters of a tensor's name; the longest known have about 120
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+Identity = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +68,13 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsFile:
-    """One safetensors file, from its header alone."""
+    """One safetensors file, from its header alone; `identity` is that of what was read (see `file_identity`)."""
 
     path: Path
     header: Header
     file_bytes: int
     tensors: tuple[StoredTensor, ...]
+    identity: Identity = ()
 
     @property
     def description(self) -> bytes:
@@ -90,6 +94,7 @@ class PickledFile:
     file_bytes: int
     tensors: tuple[StoredTensor, ...]
     description: bytes = field(repr=False)
+    identity: Identity = ()
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -121,7 +126,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     """
     try:
         with open_stored(path) as file:
-            file_bytes = stored_bytes(path, file)
+            file_bytes, identity = stored_bytes(path, file), identity_of(path, file)
             length = header_length(file.read(LENGTH_BYTES), file_bytes)
             file.seek(0)
             header = parse_header(file.read(LENGTH_BYTES + length), file_bytes)
@@ -129,38 +134,46 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
     except CheckpointError as error:
         raise error if error.path else CheckpointError(str(error), path=path) from None
-    return SafetensorsFile(path=path, header=header, file_bytes=file_bytes, tensors=tuple(_tensors(path, header)))
+    check_names((entry.name for entry in header.entries), path)
+    tensors = tuple(_tensors(path, header))
+    return SafetensorsFile(path=path, header=header, file_bytes=file_bytes, tensors=tensors, identity=identity)
+
+
+def check_names(names: Iterable[str], path: Path) -> None:
+    """Check that names of tensors are of this world.
+
+    Raises:
+        CheckpointError: one holds control characters, or is longer than any module's path.
+    """
+    for name in names:
+        if len(name) > MAX_NAME or _CONTROL.search(name):
+            raise CheckpointError(
+                f"tensor {shortened(name)}: a name of {len(name)} characters, expected at most {MAX_NAME} and no "
+                "control characters; file damaged?",
+                path=path,
+            )
 
 
 def stored_bytes(path: Path, file: BinaryIO) -> int:
-    """Return the size of what `open_stored` has opened.
-
-    Raises:
-        CheckpointError: a pipe, a device: nothing that can be read at any place.
-    """
+    """Return the size of what `open_stored` has opened."""
     served = mounted(path)
-    return regular_file_bytes(file) if served is None else served.size
+    return os.fstat(file.fileno()).st_size if served is None else served.size
 
 
-def file_identity(path: Path) -> tuple[object, ...]:
+def file_identity(path: Path) -> Identity:
     """Return what tells this content of `path` from another one without reading it."""
     served = mounted(path)
-    if served is not None:
-        return (served.identity,)
-    info = path.stat()
+    return _identity(path.stat()) if served is None else (served.identity,)
+
+
+def identity_of(path: Path, file: BinaryIO) -> Identity:
+    """The same of what is open already, whatever has its name by now."""
+    served = mounted(path)
+    return _identity(os.fstat(file.fileno())) if served is None else (served.identity,)
+
+
+def _identity(info: os.stat_result) -> Identity:
     return info.st_size, info.st_mtime_ns, info.st_ino
-
-
-def regular_file_bytes(file: BinaryIO) -> int:
-    """Return the size of an open file.
-
-    Raises:
-        CheckpointError: a pipe, a device: nothing that can be read at any place.
-    """
-    info = os.fstat(file.fileno())
-    if not stat.S_ISREG(info.st_mode):
-        raise CheckpointError("is not a regular file")
-    return info.st_size
 
 
 def _tensors(path: Path, header: Header) -> list[StoredTensor]:

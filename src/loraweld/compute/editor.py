@@ -28,9 +28,12 @@ _EXACT_ELEMENTS = 1 << 13  # at a time: each takes two rows of factors in float6
 class Outcome:
     """What a whole run came to: whether any delta was there, whether any output differs from its base.
 
-    `differences`: how far the weights that were taken to their 4-bit form are from the given ones.
+    `differences`: how far the weights that were taken to their 4-bit form are from the given ones. `allow_nonfinite`:
+    whether weights may hold values that are not finite; `nonfinite` are the names of those that do.
     """
 
+    allow_nonfinite: bool = False
+    nonfinite: set[str] = field(default_factory=set)
     had_delta: bool = False
     any_change: bool = False
     differences: list[Difference] = field(default_factory=list)
@@ -123,7 +126,8 @@ class EditSession:
         self._outcome = editor.outcome
         self._spans = spans
         self._scratch = scratch
-        self._rounder = Rounder(torch_dtype(editor.recipe.dtype))
+        allows = self._outcome.allow_nonfinite and not editor.recipe.is_encoded  # codes have none
+        self._rounder = Rounder(torch_dtype(editor.recipe.dtype), allow_nonfinite=allows)
         self._cols = editor.recipe.source.cols
         self._positions: list[Ints] = []
         self._bases: list[torch.Tensor] = []
@@ -181,6 +185,8 @@ class EditSession:
         out_nC = as_tensor(out, self._recipe.dtype, (bottom - top, self._cols))
         with self.named(f"rows {top} to {bottom - 1}"):
             doubtful = self._rounder.round(tile.values_nC, out_nC, tile.error)
+        if self._rounder.saw_nonfinite:
+            self._outcome.nonfinite.add(self._recipe.name)
         if len(doubtful):
             self._remember(doubtful, tile.base_nC, top)
         self.note(out_nC, tile, self._wanted_of(top, bottom))

@@ -26,10 +26,12 @@ NONE = np.empty(0, dtype=np.int64)
 
 
 class Rounder:
-    """Rounds float32 tiles to `dtype`."""
+    """Rounds float32 tiles to `dtype`; `saw_nonfinite`: whether it let a value through that is not finite."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, allow_nonfinite: bool = False) -> None:
         self.dtype = dtype
+        self.saw_nonfinite = False
+        self._allows = allow_nonfinite
 
     def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float) -> Ints:
         """Write `tile_nC`, right within the absolute `error`, to `out_nC`, rounded once, to nearest even.
@@ -38,20 +40,27 @@ class Rounder:
             The flat positions of elements that float32 may have wrong by too much; `round_exact` has the cure.
 
         Raises:
-            NumericsError: a result is infinite or not a number.
+            NumericsError: a result is infinite or not a number, and that is not allowed.
         """
         out_nC.copy_(tile_nC)
         if self.dtype not in _MANTISSA_BITS:
-            check_finite(out_nC)
+            if not _is_finite(out_nC):
+                self._let_through(out_nC)
             return NONE
         bits_nC = out_nC.view(torch.int16).numpy()
         if bits_nC.size and _largest(bits_nC) >= _INFINITY[self.dtype]:
-            raise _not_finite(tile_nC, self.dtype)
+            self._let_through(tile_nC)
+            return NONE  # float32 is near enough for the other values of such a tile
         if error == 0 or not bits_nC.size:
             return NONE
         if self.dtype == torch.float16:
             return _near_middle(tile_nC, self.dtype, error)
         return _below(bits_nC, _bfloat16_bits_above(error * 2.0 ** (_MANTISSA_BITS[self.dtype] + 1)))
+
+    def _let_through(self, tile_nC: torch.Tensor) -> None:
+        if not self._allows:
+            raise _not_finite(tile_nC, self.dtype)
+        self.saw_nonfinite = True
 
 
 def round_exact(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Tensor:
@@ -120,13 +129,20 @@ def check_finite(out_nC: torch.Tensor) -> None:
     Raises:
         NumericsError: one is not.
     """
-    if out_nC.numel() and not bool(torch.isfinite(out_nC.sum())) and not bool(torch.isfinite(out_nC).all()):
+    if not _is_finite(out_nC):
         raise _not_finite(out_nC, out_nC.dtype)
+
+
+def _is_finite(out_nC: torch.Tensor) -> bool:
+    """Whether all values are finite; if their sum is, they are."""
+    return not out_nC.numel() or bool(torch.isfinite(out_nC.sum())) or bool(torch.isfinite(out_nC).all())
 
 
 def _not_finite(tile_nC: torch.Tensor, dtype: torch.dtype) -> NumericsError:
     largest = float(tile_nC.abs().max())
     name = str(dtype).removeprefix("torch.")
     if largest == float("inf") or largest != largest:
-        return NumericsError("holds values that are not finite; base or adapter is damaged")
+        return NumericsError(
+            "holds values that are not finite; base or adapter is damaged. --allow-nonfinite writes them as they are"
+        )
     return NumericsError(f"has a value of {largest:.4g}, too large for {name}; give --dtype bfloat16 or float32")

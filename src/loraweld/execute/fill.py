@@ -43,12 +43,12 @@ class Piece:
 class Filler:
     """Makes the bytes of items; serves all threads. Editors of the last few tensors are kept."""
 
-    def __init__(self, reader: Reader, *, num_editors: int) -> None:
+    def __init__(self, reader: Reader, *, num_editors: int, allow_nonfinite: bool = False) -> None:
         self._reader = reader
         self._num_editors = num_editors
         self._editors: OrderedDict[str, TensorEditor] = OrderedDict()
         self._lock = Lock()
-        self._outcome = Outcome()
+        self._outcome = Outcome(allow_nonfinite=allow_nonfinite)
         self._measured: dict[str, Sequence[float]] = {}
 
     def pieces(self, item: Item, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
@@ -100,6 +100,10 @@ class Filler:
         found = self._outcome.differences
         weight = sum(one.squared_weight for one in found)
         return math.sqrt(sum(one.squared_error for one in found) / weight) if weight else None
+
+    def nonfinite(self) -> tuple[str, ...]:
+        """Return the names of the weights that were written with values that are not finite."""
+        return tuple(sorted(self._outcome.nonfinite))
 
     def check_any_change(self) -> bool:
         """Return whether any edited tensor differs from its base; refuse if nothing is left of what was trained.

@@ -75,6 +75,7 @@ class RunResult:
 
     `saw_no_change`: this run made everything, and no edit changed its tensor. `fidelity`: by the names of the weights
     that were edited and encoded. `base_difference`: of the 4-bit form folded onto, relative to the given weights.
+    `nonfinite`: the weights that this run wrote with values that are not finite.
     """
 
     made_bytes: int
@@ -82,6 +83,7 @@ class RunResult:
     saw_no_change: bool
     fidelity: dict[str, Fidelity]
     base_difference: float | None
+    nonfinite: tuple[str, ...] = ()
 
 
 Closing = Callable[[RunResult], Mapping[str, str]]
@@ -97,7 +99,8 @@ def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progres
     reader = Reader()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
-    run = _Run(plan, sink, Filler(reader, num_editors=plan.workers + 1), progress)
+    filler = Filler(reader, num_editors=plan.workers + 1, allow_nonfinite=plan.allow_nonfinite)
+    run = _Run(plan, sink, filler, progress)
     try:
         _rehearse(plan, reader)
         result = run.weights()
@@ -167,6 +170,7 @@ class _Run:
             saw_no_change=not done and not self._filler.check_any_change(),
             fidelity=fidelity_of(self._plan, self._measured),
             base_difference=self._filler.base_difference(),
+            nonfinite=self._filler.nonfinite(),
         )
 
     def _work(self, items: list[Item]) -> None:

@@ -19,10 +19,11 @@ from loraweld.planning.facts import Facts
 from loraweld.planning.fit import fitting_claims
 from loraweld.planning.layout import SHARD_BYTES, index_file, keep_layout, repack
 from loraweld.planning.memory import plan_memory
-from loraweld.planning.merge_plan import MergePlan, ModuleLine, WeightFile
+from loraweld.planning.merge_plan import Input, MergePlan, ModuleLine, WeightFile
 from loraweld.planning.model_config import ConfigEdits, config_file
 from loraweld.planning.notes import (
     adapter_notes,
+    base_notes,
     encoding_notes,
     left_out_notes,
     missing_layer_notes,
@@ -78,18 +79,20 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
             *left_out_notes(base, left_out),
             *encoding_notes(recipes),
             *runtime_notes(base, output.keeps_settings),
+            *base_notes(base, adapters),
             *adapter_notes(adapters),
             *missing_layer_notes(missing_layers(adapters, base.model_type, [recipe.name for recipe in recipes])),
         ),
         inputs=(
-            *(file.path for file in base.files if not isinstance(file, MemoryFile)),
-            *(adapter.weights for adapter in facts.given),
+            *(Input(file.path, file.identity) for file in base.files if not isinstance(file, MemoryFile)),
+            *(Input(adapter.weights, adapter.identity) for adapter in facts.given),
         ),
         scratch=(*facts.adapters, base.scratch),
         item_bytes=memory.item_bytes,
         workers=memory.workers,
         peak_memory_bytes=memory.peak_bytes,
         free_disk_bytes=free_bytes(request.output),
+        allow_nonfinite=request.allow_nonfinite,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.checkpoint.opening import check_stays_inside
 from loraweld.planning.merge_plan import SmallFile
 
 # Other forms of the base's weights: copied unmerged they would be a second, wrong model in the folder.
@@ -52,6 +54,7 @@ _OVERRIDES = (
     *("*preprocessor_config.json", "*processor_config.json", "generation_config.json", "normalizer.json"),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json")
+_ID = re.compile(r"[0-9]{1,12}")
 _CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -63,7 +66,7 @@ def companion_files(base: Path, overrides: list[Path], *, was_quantised: bool) -
     not_copied = _NOT_COPIED | (_OF_QUANTISATION if was_quantised else set())
     chosen: dict[str, Path] = {}
     left_out: list[str] = []
-    for path in _walk(base):
+    for path in _walk(base, base):
         name = path.relative_to(base).as_posix()
         if any(fnmatch(path.name, pattern) for pattern in _WEIGHT_PATTERNS):
             left_out.append(name)
@@ -79,7 +82,10 @@ def override_files(folder: Path) -> list[Path]:
     """Return the files in `folder` that a fine-tune ships beside its weights."""
     top = [path for path in folder.iterdir() if path.is_file()]
     chosen = [path for path in top if any(fnmatch(path.name, pattern) for pattern in _OVERRIDES)]
-    return sorted([*chosen, *(folder / _CHAT_TEMPLATE_FOLDER).glob("*.jinja")])
+    chosen += [path for path in (folder / _CHAT_TEMPLATE_FOLDER).glob("*.jinja") if path.is_file()]
+    for path in chosen:
+        check_stays_inside(path, folder)
+    return sorted(chosen)
 
 
 def tokenizer_size(folder: Path) -> int | None:
@@ -88,15 +94,16 @@ def tokenizer_size(folder: Path) -> int | None:
     return max(ids) + 1 if ids else None
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, root: Path) -> Iterator[Path]:
     """Files below `folder`, without hidden ones and without folders of other formats."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_file():
+            check_stays_inside(path, root)
             yield path
         elif path.is_dir() and not _is_left_out(path):
-            yield from _walk(path)
+            yield from _walk(path, root)
 
 
 def _is_left_out(folder: Path) -> bool:
@@ -106,12 +113,12 @@ def _is_left_out(folder: Path) -> bool:
 def _token_ids(path: Path) -> Iterator[int]:
     if not path.is_file():
         return
-    content = read_json_object(path)
+    content = read_json_object(path, unique_names=False)  # a vocabulary may name a token twice: the last one counts
     if path.name == "added_tokens.json":
         found: list[Any] = list(content.values())
     elif path.name == "tokenizer_config.json":
         added = content.get("added_tokens_decoder")
-        found = [int(key) for key in added if str(key).isdigit()] if isinstance(added, dict) else []
+        found = [int(key) for key in added if _ID.fullmatch(key)] if isinstance(added, dict) else []
     else:
         model, added = content.get("model"), content.get("added_tokens")
         vocab = model.get("vocab") if isinstance(model, dict) else None

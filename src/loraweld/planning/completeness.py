@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from loraweld.adapter.edits import ReplaceRows
 from loraweld.adapter.files import Adapter
+from loraweld.adapter.patterns import suffixes
 from loraweld.checkpoint.base import Base
 from loraweld.naming.names import Names
 from loraweld.naming.tied import Tie
 from loraweld.planning.claims import Claim
-from loraweld.planning.targets import NUMBER, ends_with, is_target, is_target_parameter, kind_of
+from loraweld.planning.targets import NUMBER, is_target, is_target_parameter, kind_of
 
 
 def check_completeness(base: Base, adapter: Adapter, claims: Sequence[Claim], ties: Sequence[Tie]) -> list[str]:
@@ -53,13 +54,24 @@ def _spelling(base: Base, claims: Sequence[Claim]) -> Callable[[str], str]:
 
 
 def _missing_saved(base: Base, adapter: Adapter, claims: Sequence[Claim], ties: Sequence[Tie]) -> list[str]:
-    known = [name.rpartition(".")[0] for name in (*base.tensors, *(tie.target for tie in ties))]
+    known = {
+        end for name in (*base.tensors, *(tie.target for tie in ties)) for end in suffixes(name.rpartition(".")[0])
+    }
+    parts = {part for claim in claims for part in _parts(claim.module)}
     return [
         f"{saved}: modules_to_save names it and the base has it, but the file does not hold it"
         for saved in adapter.config.modules_to_save
-        if any(ends_with(module, [saved]) for module in known)
-        and not any(f".{saved}." in f".{claim.module}." for claim in claims)
+        if saved in known and saved not in parts
     ]
+
+
+def _parts(module: str) -> Iterator[str]:
+    """Yield all runs of components of a path."""
+    for end in suffixes(module):
+        yield end
+        while "." in end:
+            end = end.rpartition(".")[0]
+            yield end
 
 
 def _last(module: str) -> str:

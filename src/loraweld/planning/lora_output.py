@@ -10,7 +10,7 @@ from loraweld.planning.companions import override_files
 from loraweld.planning.disk import free_bytes
 from loraweld.planning.facts import named_base, open_adapters
 from loraweld.planning.memory import LIBRARY_BYTES
-from loraweld.planning.merge_plan import MergePlan, SmallFile
+from loraweld.planning.merge_plan import Input, MergePlan, SmallFile
 from loraweld.planning.paths import check_output
 from loraweld.request import MergeRequest
 
@@ -54,7 +54,7 @@ def plan_lora(request: MergeRequest) -> MergePlan:
         small=tuple(files),
         modules=(),
         notes=(),
-        inputs=tuple(adapter.weights for adapter in given),
+        inputs=tuple(Input(adapter.weights, adapter.identity) for adapter in given),
         scratch=(adapter,),
         item_bytes=0,
         workers=1,

@@ -13,7 +13,7 @@ from typing import Any
 
 from loraweld.adapter.edits import Edit
 from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding, RequantisedTensor, Source
-from loraweld.checkpoint.stored import StoredTensor
+from loraweld.checkpoint.stored import Identity, StoredTensor
 from loraweld.combine.methods import Combination
 from loraweld.dtypes import num_bytes
 
@@ -154,6 +154,14 @@ class WeightFile:
         return self.placed[-1].end if self.placed else len(self.header)
 
 
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A file that is read, and what identified its content when it was opened (see `file_identity`)."""
+
+    path: Path
+    identity: Identity = field(compare=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallFile:
     """A file beside the weights: a copy of `source`, or `text` written new."""
@@ -209,8 +217,9 @@ class MergePlan:
     """Everything a merge does: output files and their recipes, in order.
 
     `combination` says how the adapters act together, None if each acts as it was trained and all are added.
-    `inputs` are the weight files that are read; a resumed run checks that they are still the same. `scratch`
-    keeps alive what recipes read from beside them (an unpickled adapter), and nothing else.
+    `inputs` are the weight files that are read; it is checked that they are the same when the output is complete, and
+    when a run is resumed. `scratch` keeps alive what recipes read from beside them (an unpickled adapter), and nothing
+    else.
     """
 
     base: str
@@ -222,7 +231,7 @@ class MergePlan:
     small: tuple[SmallFile, ...]
     modules: tuple[ModuleLine, ...]
     notes: tuple[str, ...]
-    inputs: tuple[Path, ...]
+    inputs: tuple[Input, ...]
     scratch: tuple[object, ...] = field(repr=False, compare=False)
     item_bytes: int
     workers: int
@@ -230,6 +239,7 @@ class MergePlan:
     free_disk_bytes: int
     export: Export | None = None
     combination: Combination | None = None
+    allow_nonfinite: bool = False
 
     @property
     def recipes(self) -> Iterator[Recipe]:

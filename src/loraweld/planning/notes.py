@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -19,6 +20,42 @@ def tie_notes(untied: Sequence[Tie]) -> list[str]:
         f"{tie.target} was tied to {tie.source}; the adapter gives them different values: both are written, untied"
         for tie in untied
     ]
+
+
+def base_notes(base: Base, adapters: Sequence[Adapter]) -> list[str]:
+    """Say which adapters name another base than the one they are merged into, or another revision of it.
+
+    Of a folder the last part counts: where it lies plays no part in a result.
+    """
+    given = _model_name(base.label if base.commit else str(base.folder))
+    notes = []
+    for adapter in adapters:
+        config = adapter.config
+        named = _model_name(config.base or "")
+        if named and _last_part(named) != _last_part(given):
+            notes.append(f"{adapter.label} names the base {named}, it is merged into {given}")
+        elif base.commit and _COMMIT.fullmatch(config.revision or "") and config.revision != base.commit:
+            notes.append(
+                f"{adapter.label} names revision {config.revision} of its base, it is merged into {base.commit}"
+            )
+    return notes
+
+
+def _model_name(label: str) -> str:
+    """A Hub id as it is, of a folder its last part; a snapshot of the Hub's cache has the name of its repository."""
+    cached = _CACHED.search(label)
+    if cached:
+        return cached[1].replace("--", "/")
+    parts = label.replace("\\", "/").rstrip("/").split("/")
+    return label if len(parts) == 2 and all(parts) and "." not in parts else parts[-1]
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition("/")[2].lower()
+
+
+_CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]*$")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def adapter_notes(adapters: Sequence[Adapter]) -> list[str]:
@@ -68,6 +105,14 @@ def base_difference_notes(difference: float | None) -> list[str]:
         if difference is None
         else [f"the 4-bit form differs from the given weights by {difference:.2%} of their norm"]
     )
+
+
+def nonfinite_notes(names: Sequence[str]) -> list[str]:
+    """Say which weights were written with values that are not finite, as was asked for."""
+    if not names:
+        return []
+    shown = f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+    return [f"WARNING: {len(names)} weights hold values that are not finite (--allow-nonfinite): {shown}"]
 
 
 def encoding_notes(recipes: Sequence[Recipe]) -> list[str]:

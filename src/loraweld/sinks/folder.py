@@ -203,10 +203,10 @@ def open_folder_sink(
             shutil.rmtree(output, ignore_errors=True)
             output.mkdir()
             journal = Journal.begin(path, identity, output)
-        (output / model_folder).mkdir(exist_ok=True)
         sink = kind(target, staging, journal, overwrite=overwrite, model_folder=model_folder, complete=complete)
-        journal.done = {key: values for key, values in journal.done.items() if sink.has(key)}
         try:
+            (output / model_folder).mkdir(exist_ok=True)
+            journal.done = {key: values for key, values in journal.done.items() if sink.has(key)}
             yield sink
         finally:
             sink.close()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,8 +30,9 @@ class Journal:
         """Start the journal of a merge into the empty folder `model`."""
         file: BinaryIO = path.open("wb")
         head = {"merge": identity, "folder": folder_number(model)}
-        file.write(json.dumps(head).encode() + b"\n")
-        _sync(file)
+        with _closed_if_failed(file):
+            file.write(json.dumps(head).encode() + b"\n")
+            _sync(file)
         return cls(file, {})
 
     @classmethod
@@ -40,8 +42,9 @@ class Journal:
         if head != {"merge": identity, "folder": folder_number(model)}:
             return None
         file: BinaryIO = path.open("r+b")
-        file.truncate(size)
-        file.seek(size)
+        with _closed_if_failed(file):
+            file.truncate(size)
+            file.seek(size)
         return cls(file, done)
 
     def append(self, items: Measured) -> None:
@@ -71,6 +74,17 @@ def read_journal(path: Path) -> tuple[object, Measured, int]:
     except (ValueError, TypeError):
         return None, {}, 0
     return head, done, len(whole)
+
+
+@contextmanager
+def _closed_if_failed(file: BinaryIO) -> Iterator[None]:
+    """Close `file` without another word if the block fails: what it has buffered may fail again."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            file.close()
+        raise
 
 
 def _sync(file: BinaryIO) -> None:

@@ -5,7 +5,6 @@ Source: `QuantState.as_dict(packed=True)` of bitsandbytes 0.50.2; Dettmers et al
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, PartLayout, encoded
+from loraweld.checkpoint.parsing import parse_json
 from loraweld.checkpoint.stored import StoredTensor, read_bytes
 from loraweld.dtypes import FLOAT_CODE_BY_NAME
 from loraweld.errors import CheckpointError
@@ -140,8 +140,8 @@ def _read_state(state: StoredTensor) -> dict[str, Any]:
             f"tensor {state.name!r} is {state.dtype} {state.shape}, expected a short JSON text as U8", path=state.path
         )
     try:
-        values = json.loads(read_bytes(state))
-    except (ValueError, RecursionError) as error:
+        values = parse_json(read_bytes(state))
+    except ValueError as error:
         raise CheckpointError(f"tensor {state.name!r} is not valid JSON ({error})", path=state.path) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"tensor {state.name!r} is not a JSON object", path=state.path)
