@@ -447,6 +447,15 @@ def test_giants_are_refused_in_little_time_and_memory(make: Callable[[Path], tup
     assert peak < ALLOWED_BYTES
 
 
+@pytest.mark.parametrize(("peft_type", "key"), [("VERA", "r"), ("OFT", "oft_block_size"), ("LORA", "r")])
+def test_sizes_that_peft_would_make_matrices_of_are_bounded(peft_type: str, key: str, scene: Path) -> None:
+    """PEFT's own layers are made from the config: not of a size that would take all memory."""
+    more = {"kasa_config": {"a": 1}} if peft_type == "LORA" else {}
+    data = config_with(scene, "adapter_config", peft_type=peft_type, **{key: 10**9}, **more)
+    (scene / FILES["adapter_config"]).write_bytes(data)
+    assert f"{key} is 1000000000" in refusal(scene)
+
+
 def test_code_of_a_model_is_copied_and_never_imported(scene: Path, tmp_path: Path) -> None:
     """`auto_map` names classes in files of the model: they are text to a merge."""
     marker = tmp_path / "was_run"
