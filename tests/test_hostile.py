@@ -213,6 +213,30 @@ def test_a_folder_that_is_a_link_is_not_copied(scene: Path, tmp_path: Path) -> N
     assert not any(SECRET.encode() in data for data in contents(scene / "out").values())
 
 
+def test_an_adapter_in_a_folder_that_leads_elsewhere_is_refused(scene: Path, tmp_path: Path) -> None:
+    """The only subfolder with an adapter is taken for it: not one of somebody else's."""
+    (scene / "adapter").rename(tmp_path / "private")
+    (scene / "adapter").mkdir()
+    (scene / "adapter" / "inner").symlink_to(tmp_path / "private")
+    assert "link" in refusal(scene)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/b/" + "c" * 300])
+def test_a_path_that_no_file_system_takes_is_refused(name: str) -> None:
+    """The system's refusal is a message, of inspect as of merge."""
+    with pytest.raises(LoraweldError):
+        loraweld.inspect(name)
+
+
+def test_folders_nested_without_end_are_refused(scene: Path) -> None:
+    """A folder in a folder, hundreds of times: no recursion follows it."""
+    folder = scene / "base"
+    for _ in range(300):
+        folder /= "d"
+    folder.mkdir(parents=True)
+    assert "nested" in refusal(scene)
+
+
 def test_links_within_the_folder_are_followed(scene: Path) -> None:
     """A folder may hold a file under two names."""
     (scene / "base" / "tokenizer.json").write_text("{}")
@@ -421,6 +445,15 @@ def test_giants_are_refused_in_little_time_and_memory(make: Callable[[Path], tup
     seconds, peak = map(float, done.stdout.split())
     assert seconds < 2 * ALLOWED_SECONDS  # the bound is 5 s; the machine may be busy
     assert peak < ALLOWED_BYTES
+
+
+@pytest.mark.parametrize(("peft_type", "key"), [("VERA", "r"), ("OFT", "oft_block_size"), ("LORA", "r")])
+def test_sizes_that_peft_would_make_matrices_of_are_bounded(peft_type: str, key: str, scene: Path) -> None:
+    """PEFT's own layers are made from the config: not of a size that would take all memory."""
+    more = {"kasa_config": {"a": 1}} if peft_type == "LORA" else {}
+    data = config_with(scene, "adapter_config", peft_type=peft_type, **{key: 10**9}, **more)
+    (scene / FILES["adapter_config"]).write_bytes(data)
+    assert f"{key} is 1000000000" in refusal(scene)
 
 
 def test_code_of_a_model_is_copied_and_never_imported(scene: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from loraweld.checkpoint.encodings.recognise import quantization_settings
 from loraweld.checkpoint.hub import locate_base
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.stored import StoredTensor
+from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import RECORD_NAME
 
 
@@ -26,10 +27,13 @@ def inspect(path: str | Path) -> dict[str, Any]:
         LoraweldError: neither a model nor an adapter, or damaged.
     """
     folder = Path(path)
-    if (folder / CONFIG_NAME).exists() or len(list(folder.glob(f"*/{CONFIG_NAME}"))) == 1:
-        return _adapter(open_adapter(folder))
-    located = locate_base(str(path))
-    return _model(open_base(located.folder, label=located.label, commit=located.commit))
+    try:
+        if (folder / CONFIG_NAME).exists() or len(list(folder.glob(f"*/{CONFIG_NAME}"))) == 1:
+            return _adapter(open_adapter(folder))
+        located = locate_base(str(path))
+        return _model(open_base(located.folder, label=located.label, commit=located.commit))
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:

@@ -45,6 +45,7 @@ _SCALES = {
     "LOHA": ("r", "alpha"),
     "LOKR": ("r", "alpha"),
 }
+_MAX_SIZE = 1 << 16
 _DEFAULT_RANKS = {"ADALORA": 12}
 
 
@@ -146,6 +147,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     raw = read_json_object(path, error=AdapterError)
     peft_type = _peft_type(raw, path)
     _refuse_options(raw, path)
+    _refuse_giants(raw, peft_type, path)
     rank, alpha = _scale(raw, peft_type, path)
     patterns = _patterns(raw, peft_type, path)
     return AdapterConfig(
@@ -233,6 +235,16 @@ def _init(value: object, path: Path) -> str:
         f"{', '.join(sorted(_PLAIN_INITS | set(_UNREPEATABLE_INITS) | {'pissa', 'olora'}))}",
         path=path,
     )
+
+
+def _refuse_giants(raw: Mapping[str, Any], peft_type: str, path: Path) -> None:
+    """Numbers of a config that PEFT's own layer is made from: it makes matrices of these sizes before it sees others."""
+    if TUNERS[peft_type].is_native and not any(raw.get(option) for option in _LAYER_OPTIONS):
+        return
+    for key, value in raw.items():
+        is_free = "seed" in key or key.endswith("key") or "frequency" in key  # of random numbers, of a vector
+        if isinstance(value, int) and value > _MAX_SIZE and not is_free:
+            raise AdapterError(f"{key} is {value}, expected at most {_MAX_SIZE}; file damaged?", path=path)
 
 
 def _matching(raw: Mapping[str, Any], patterns: Sequence[Mapping[str, Any]], path: Path) -> Matching:

@@ -13,6 +13,7 @@ from loraweld.adapter.config import CONFIG_NAME, AdapterConfig, read_adapter_con
 from loraweld.adapter.keys import parse_key
 from loraweld.adapter.tuners import Tuner
 from loraweld.adapter.values import same_values
+from loraweld.checkpoint.opening import check_stays_inside
 from loraweld.checkpoint.stored import Identity, SafetensorsFile, StoredTensor, file_identity, read_safetensors
 from loraweld.errors import AdapterError, CheckpointError, listing
 
@@ -102,6 +103,10 @@ def _locate(folder: Path) -> Path:
         return folder
     nested = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
     if len(nested) == 1:
+        try:
+            check_stays_inside(nested[0], folder)
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from None
         return nested[0]
     if nested:
         names = listing(str(path) for path in nested)

@@ -52,7 +52,10 @@ _OPTIONS: dict[str, Any] = {
 # One merge at a time: PEFT's layers make several copies of a weight, and a skeleton serves all its layers.
 _LOCK = threading.Lock()
 _MADE_FROM_THEIR_WEIGHT = {"ADAMSS", "FROD", "OSF", "PSOFT"}
-_PEFT_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError)
+_PEFT_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError),
+    *(ArithmeticError, AssertionError, MemoryError, OSError),
+)
 _FLOAT32_ERROR = 2.0**-23
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.opening import check_stays_inside
+from loraweld.errors import CheckpointError
 from loraweld.planning.merge_plan import SmallFile
 
 # Other forms of the base's weights: copied unmerged they would be a second, wrong model in the folder.
@@ -54,6 +55,7 @@ _OVERRIDES = (
     *("*preprocessor_config.json", "*processor_config.json", "generation_config.json", "normalizer.json"),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json")
+_MAX_FOLDERS = 20  # one inside the other
 _ID = re.compile(r"[0-9]{1,12}")
 _CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -95,7 +97,13 @@ def tokenizer_size(folder: Path) -> int | None:
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:
-    """Files below `folder`, without hidden ones and without folders of other formats."""
+    """Files below `folder`, without hidden ones and without folders of other formats.
+
+    Raises:
+        CheckpointError: a link leads out of `root`, or folders are nested without end.
+    """
+    if len(folder.relative_to(root).parts) > _MAX_FOLDERS:
+        raise CheckpointError(f"holds folders nested deeper than {_MAX_FOLDERS}; is it a model's?", path=root)
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
