@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CLI_PAGE = "reference/cli.md"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "RESULTS.md"
 _PLACE = re.compile(r"<!-- results: (.+?) -->")
-_WIDTH = "96"
+_WIDTH = "78"
 
 
 def commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:

@@ -224,6 +224,37 @@ def test_what_has_no_number_says_why(place: Path) -> None:
     assert "3" in loraweld.report_page("deep", base="old", output="page.html", overwrite=True).reason
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"adapters": [1]},
+        {"adapters": {}},
+        {"base": []},
+        {"notes": "x"},
+        {"modules": [[]]},
+        {"base": {"headers_sha256": 3}},
+    ],
+    ids=str,
+)
+def test_a_record_of_other_types_is_refused(place: Path, damage: dict[str, object]) -> None:
+    record = json.loads(Path("out/loraweld.json").read_text()) | damage
+    Path("out/loraweld.json").write_text(json.dumps(record))
+    with pytest.raises(loraweld.CheckpointError, match=f"wrong types of {next(iter(damage))}"):
+        loraweld.report_page("out", output="page.html")
+    assert not Path("page.html").exists()
+
+
+def test_weights_and_notes_of_a_combination_are_shown(place: Path) -> None:
+    """Two adapters at their weights, and the method."""
+    save_adapter(Path("other"), loras(*MODULES, rank=2), base_model_name_or_path="base")
+    loraweld.merge(["adapter", "other"], output="both", weights=[0.75, -0.5])
+    page = Page(loraweld.report_page("both", output="page.html").page.read_text())
+    assert [row[:2] for row in page.rows if row[:1] in (["adapter"], ["other"]) and len(row) == 4] == [
+        ["adapter", "0.75"],
+        ["other", "-0.5"],
+    ]
+
+
 def test_gguf_files_alone_are_listed(place: Path) -> None:
     """An output without weights that are read has a page of its record and files."""
     record = {**json.loads(Path("out/loraweld.json").read_text()), "save_method": "gguf", "gguf_types": ["q8_0"]}

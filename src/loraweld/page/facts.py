@@ -16,6 +16,18 @@ from loraweld.errors import CheckpointError, RequestError
 from loraweld.page.changes import TensorChange, places
 from loraweld.planning.merge_plan import MERGED_FOLDER, RECORD_NAME
 
+# What a record holds, as far as the page reads it; elements of the lists in the second table are objects.
+_RECORD_TYPES: dict[str, type] = {
+    "base": dict,
+    "adapters": list,
+    "combination": dict,
+    "modules": list,
+    "notes": list,
+    "recipes": dict,
+    "gguf_types": list,
+}
+_LISTS_OF_OBJECTS = ("adapters", "modules")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedFile:
@@ -54,6 +66,7 @@ def gather_page_facts(output: str, *, base: str | None, token: str | bool | None
         raise RequestError(f"{folder} is an adapter; a report is of a model, and compares it with its base")
     record_path = folder / RECORD_NAME
     record = read_json_object(record_path) if record_path.exists() else {}
+    _check_record(record, record_path)
     model = _open_model(folder, record)
     found, reason, warnings = _compared(folder, model, record, base, token)
     return PageFacts(
@@ -74,6 +87,20 @@ def unmeasured(model: Base) -> tuple[TensorChange, ...]:
         TensorChange(tensor=name, layer=where[name].layer, module=where[name].module, shape=source.shape)
         for name, source in model.tensors.items()
     )
+
+
+def _check_record(record: Mapping[str, Any], path: Path) -> None:
+    """A record that something else wrote, or that was damaged, ends in a message."""
+    wrong = [key for key, kind in _RECORD_TYPES.items() if not isinstance(record.get(key, kind()), kind)]
+    wrong += [
+        key
+        for key in _LISTS_OF_OBJECTS
+        if key not in wrong and not all(isinstance(item, dict) for item in record.get(key, ()))
+    ]
+    if "base" not in wrong and not isinstance(record.get("base", {}).get("headers_sha256", {}), dict):
+        wrong.append("base.headers_sha256")
+    if wrong:
+        raise CheckpointError(f"is no record that loraweld wrote: wrong types of {', '.join(wrong)}", path=path)
 
 
 def _open_model(folder: Path, record: Mapping[str, Any]) -> Base | None:

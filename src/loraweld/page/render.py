@@ -91,12 +91,12 @@ def _summary(facts: PageFacts) -> Iterator[tuple[str, str]]:
 
 
 def _adapters(record: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
-    combination = record.get("combination") or {}
-    weights = combination.get("weights") or []
+    given = (record.get("combination") or {}).get("weights")
+    weights = given if isinstance(given, list) else []
     for index, adapter in enumerate(record.get("adapters") or ()):
         yield {
             "name": str(adapter.get("name")),
-            "weight": f"{weights[index]:g}" if index < len(weights) else "1",
+            "weight": str(weights[index]) if index < len(weights) else "1",
             "sha256": str(adapter.get("sha256")),
             "config_sha256": str(adapter.get("config_sha256")),
         }

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loraweld.errors import OutputError
+from loraweld.errors import OutputError, RequestError
 from loraweld.page.changes import TensorChange
 from loraweld.page.facts import PageFacts, gather_page_facts, unmeasured
 from loraweld.page.render import check_installed, render
@@ -83,8 +83,11 @@ def report_page(
     page = Path(output)
     if page.is_dir() or (page.exists() and not overwrite):
         raise OutputError("exists; give --overwrite to replace it, or another name", path=page)
-    facts = gather_page_facts(os.fspath(model), base=None if base is None else os.fspath(base), token=token)
-    changes = _changes(facts, progress or (lambda count: None), on_plan)
+    try:
+        facts = gather_page_facts(os.fspath(model), base=None if base is None else os.fspath(base), token=token)
+        changes = _changes(facts, progress or (lambda count: None), on_plan)
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
     text = render(facts, changes)
     _write(page, text)
     return PageReport(page=page, num_bytes=page.stat().st_size, reason=facts.reason, changes=changes)
