@@ -120,7 +120,10 @@ def _verify(arguments: argparse.Namespace) -> None:
         raise _UsageError(f"--sample is {arguments.sample:g}, expected a share above 0 and up to 1, such as 0.1")
     from loraweld.verification.verify import verify
 
-    names = ("weights", "scale", "combine", "density", "seed", "svd_rank", "majority_sign_method", "merge_base")
+    names = (
+        *("weights", "scale", "combine", "density", "seed", "svd_rank", "majority_sign_method"),
+        *("merge_base", "expert_layout", "tokenizer", "token"),
+    )
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     report = verify(
         arguments.output, base=arguments.base, adapter=arguments.adapter, sample=arguments.sample, **options
@@ -237,6 +240,9 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--adapter", nargs="+", default=[], metavar="ADAPTER", help="what was merged, in order: folders or Hub ids")
     add("--sample", type=float, default=1.0, metavar="F", help="share of the rows to check (default: 1, all of them)")
     add("--merge-base", metavar="WHICH", help="as given to merge (default: as-given)")
+    add("--expert-layout", metavar="NAME", help="as given to merge (default: auto)")
+    add("--tokenizer", metavar="PATH", help="as given to merge (default: the adapter's, else the base's)")
+    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
     _add_combining_arguments(verify.add_argument_group("how they were merged, where loraweld.json does not say"))
     add("--json", action="store_true", help="print the report as JSON on stdout")
     verify.set_defaults(run=_verify)

@@ -45,7 +45,7 @@ class TensorResult:
 
     `steps`: the largest distance in units of the last place of the stored dtype. `misrounded`: share of elements that
     are not the correctly rounded value. `rounded`: "once", "twice" (the change first), "after each adapter", "float32",
-    "encoded", "stochastically", "wrong". `relative_error`: ‖stored - exact‖ / ‖exact‖.
+    "encoded", "wrong". `relative_error`: ‖stored - exact‖ / ‖exact‖.
     """
 
     tensor: str

@@ -33,7 +33,6 @@ class Intended:
     facts: Facts
     recipes: Mapping[str, Recipe]
     config: Mapping[str, Any]
-    stochastic: bool = False
 
     @property
     def base(self) -> Base:
@@ -80,7 +79,7 @@ def intend(
     return planned(request, facts), _unlike_record(facts, record)
 
 
-def planned(request: MergeRequest, facts: Facts, *, dtype: str | None = None, stochastic: bool = False) -> Intended:
+def planned(request: MergeRequest, facts: Facts, *, dtype: str | None = None) -> Intended:
     """Return what a request should come to, in plain weights; `dtype` is a code, None that of the request."""
     name = request.dtype if dtype is None else NAME_BY_FLOAT_CODE[dtype]
     plain = replace(request, save_method="merged_16bit", dtype=name, hub=None, keeps_output=True)
@@ -89,7 +88,6 @@ def planned(request: MergeRequest, facts: Facts, *, dtype: str | None = None, st
         facts=facts,
         recipes={recipe.name: recipe for recipe in plan.recipes},
         config=_config(plan, facts.base),
-        stochastic=stochastic,
     )
 
 

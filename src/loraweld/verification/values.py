@@ -104,12 +104,11 @@ def _dot(one: Tensor, other: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checker:
-    """Checks tensors; `others` finds what else a tensor may hold, `stochastic`: the writer rounded by chance."""
+    """Checks tensors; `others` finds what else a tensor may hold."""
 
     reader: Reader
     sample: float
     others: Callable[[Recipe], list[Candidate]]
-    stochastic: bool = False
 
     def check(self, recipe: Recipe, stored: Source) -> tuple[TensorResult | None, list[Finding]]:
         """Return what comparing gives, None if the bytes are the base's, and what is wrong."""
@@ -177,8 +176,6 @@ class Checker:
                 return "float32", ""
             if few or _is_approximate(expected.recipe):
                 return "once", ""
-            if self.stochastic:
-                return "stochastically", ""
         often = self._rounded_often(expected, dtype, read) if expected.recipe.edits and dtype != "F32" else ""
         if often:
             return often, ""

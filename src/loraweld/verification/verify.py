@@ -126,7 +126,7 @@ class _Verification:
         self._opened = opened
         self._intended = intended
         self._progress = progress
-        self._checker = Checker(reader=self.reader, sample=sample, others=self._others, stochastic=intended.stochastic)
+        self._checker = Checker(reader=self.reader, sample=sample, others=self._others)
 
     def tensors(self) -> None:
         """Find every tensor that should be there, compare it, and name what is left over."""
