@@ -238,7 +238,11 @@ def _init(value: object, path: Path) -> str:
 
 
 def _refuse_giants(raw: Mapping[str, Any], peft_type: str, path: Path) -> None:
-    """Numbers of a config that PEFT's own layer is made from: it makes matrices of these sizes before it sees others."""
+    """Sizes in a config that PEFT makes matrices of, before it has seen a weight: they are bounded.
+
+    Raises:
+        AdapterError: one of them is larger than any weight is.
+    """
     if TUNERS[peft_type].is_native and not any(raw.get(option) for option in _LAYER_OPTIONS):
         return
     for key, value in raw.items():
