@@ -419,6 +419,14 @@ def test_experts_hold_and_a_wrong_one_is_found(name: str, tmp_path: Path) -> Non
     assert "change is missing" in found[0].message
 
 
+def test_what_the_base_itself_says_wrongly_is_no_fault_of_the_merge(tmp_path: Path) -> None:
+    """A config at odds with the base's own tensors, and a tokenizer larger than its embedding."""
+    Scene(base={"vocab_size": VOCAB + 5}).make(tmp_path)
+    plant_tokenizer(tmp_path)
+    (tmp_path / "base" / "tokenizer.json").write_bytes((tmp_path / "out" / "tokenizer.json").read_bytes())
+    assert loraweld.verify(tmp_path / "out", base=tmp_path / "base", adapter=tmp_path / "adapter").findings == ()
+
+
 def test_a_tie_that_peft_keeps_wrongly_is_found(tmp_path: Path) -> None:
     """PEFT adds the delta of a tied embedding to the head too: the merged model is not the trained one."""
     model, case = next(pair for pair in pairs("embedding") if pair[0].name == "llama")
