@@ -21,6 +21,8 @@ from loraweld.cli import main
 from loraweld.errors import RequestError, VerificationError
 from loraweld.sinks.folder import FolderSink
 from models import TinyModel
+from test_experts import MODELS as EXPERTS
+from test_experts import trained, write_base
 
 Q, V, DOWN = f"{Q_PROJ}.weight", "model.layers.0.self_attn.v_proj.weight", "model.layers.0.mlp.down_proj.weight"
 K = "model.layers.0.self_attn.k_proj.weight"
@@ -399,6 +401,42 @@ def test_what_peft_merges_holds(case: AdapterCase, safe_merge: bool, tmp_path: P
     else:
         assert "twice" not in rounded
     assert ("after each adapter" in rounded) == (case.name == "two" and not safe_merge)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_experts_hold_and_a_wrong_one_is_found(name: str, tmp_path: Path) -> None:
+    """Experts of their own tensors, and rows of one that holds all, in either orientation."""
+    base = write_base(name, tmp_path / "base", torch.bfloat16)
+    trained(name, base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=EXPERTS[name][1])
+    loraweld.merge(tmp_path / "adapter", base=base, output=tmp_path / "out", verify=True)
+    inputs = {"base": base, "adapter": tmp_path / "adapter"}
+    report = loraweld.verify(tmp_path / "out", **inputs)
+    assert report.findings == ()
+    changed = next(one.tensor for one in report.tensors if ".experts." in one.tensor)
+    put(tmp_path, **{changed: load_folder(base)[changed]})
+    found = loraweld.verify(tmp_path / "out", **inputs).findings
+    assert [finding.where for finding in found] == [changed]
+    assert "change is missing" in found[0].message
+
+
+def test_what_the_base_itself_says_wrongly_is_no_fault_of_the_merge(tmp_path: Path) -> None:
+    """A config at odds with the base's own tensors, and a tokenizer larger than its embedding."""
+    Scene(base={"vocab_size": VOCAB + 5}).make(tmp_path)
+    plant_tokenizer(tmp_path)
+    (tmp_path / "base" / "tokenizer.json").write_bytes((tmp_path / "out" / "tokenizer.json").read_bytes())
+    assert loraweld.verify(tmp_path / "out", base=tmp_path / "base", adapter=tmp_path / "adapter").findings == ()
+
+
+def test_a_tie_that_peft_keeps_wrongly_is_found(tmp_path: Path) -> None:
+    """PEFT adds the delta of a tied embedding to the head too: the merged model is not the trained one."""
+    model, case = next(pair for pair in pairs("embedding") if pair[0].name == "llama")
+    base, adapters = peft_adapter(model, case, tmp_path)
+    case.unmerged(model, base, adapters).merge_and_unload().save_pretrained(tmp_path / "out")
+    report = loraweld.verify(tmp_path / "out", base=base, adapter=adapters)
+    found = {finding.check: finding for finding in report.findings}
+    assert found.keys() == {"tie_word_embeddings", "missing"}
+    assert found["missing"].where == HEAD
+    assert "one side of the tie" in found["missing"].message
 
 
 def test_a_defect_does_not_hide_behind_two_roundings(tmp_path: Path) -> None:

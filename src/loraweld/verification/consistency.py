@@ -1,9 +1,12 @@
-"""Does config.json, the tokenizer and the tensors of an output say the same? From headers alone."""
+"""Do config.json, the tokenizer and the tensors of an output say the same? From headers alone.
+
+What the base itself says at odds with its tensors is no fault of the merge: tensors are compared with those expected.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.encodings.bnb4 import Bnb4
@@ -18,7 +21,6 @@ from loraweld.verification.findings import Finding
 from loraweld.verification.opened import Opened
 
 _CONFIG = "config.json"
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|layer|blocks|block)\.(\d+)\.")
 # Numbers that a merge takes over from the base, or sets: a config that has them must have these.
 _KEYS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -27,21 +29,20 @@ _KEYS = (
 )
 
 
-def consistency(opened: Opened, planned: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield what is wrong; `planned` is the config that the merge should have."""
+def consistency(opened: Opened, planned: Mapping[str, Any], base: Path) -> Iterator[Finding]:
+    """Yield what is wrong; `planned` is the config that the merge should have, `base` the folder of the base."""
     config = opened.config
     if not config:
         if planned:
             yield _finding("config", "is missing or empty; copy the base's")
         return
     for level, wanted in _levels(config, planned):
-        yield from _vocabulary(opened, level)
+        yield from _vocabulary(opened, level, wanted)
         yield from _numbers(level, wanted)
-    yield from _layers(opened, config)
-    yield from _dtype(opened, config)
+    yield from _dtype(opened, config, planned)
     yield from _ties(opened, config, planned)
     yield from _quantization(opened, config)
-    yield from _tokenizer(opened)
+    yield from _tokenizer(opened, base)
 
 
 def _finding(check: str, message: str, where: str = _CONFIG) -> Finding:
@@ -67,9 +68,9 @@ def _embedding_rows(opened: Opened) -> int | None:
     return None
 
 
-def _vocabulary(opened: Opened, level: Mapping[str, Any]) -> Iterator[Finding]:
+def _vocabulary(opened: Opened, level: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[Finding]:
     rows, said = _embedding_rows(opened), level.get("vocab_size")
-    if rows is not None and isinstance(said, int) and said != rows:
+    if rows is not None and isinstance(said, int) and said not in (rows, wanted.get("vocab_size")):
         yield _finding("vocab_size", f"says {said}, the embedding has {rows} rows; set vocab_size to {rows}")
 
 
@@ -81,19 +82,16 @@ def _numbers(level: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[Fi
             yield _finding(key, f"says {key} {level[key]!r}, expected {wanted[key]!r}, as the base has it")
 
 
-def _layers(opened: Opened, config: Mapping[str, Any]) -> Iterator[Finding]:
-    text = config.get("text_config")
-    said = (text if isinstance(text, dict) else config).get("num_hidden_layers")
-    numbers = {int(found[1]) for name in opened.tensors if (found := _LAYER.search(name))}
-    if isinstance(said, int) and numbers and max(numbers) + 1 < said:
-        yield _finding("num_hidden_layers", f"says {said} layers, the tensors have {max(numbers) + 1}")
+def _said_dtype(config: Mapping[str, Any]) -> str | None:
+    return FLOAT_CODE_BY_NAME.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
 
 
-def _dtype(opened: Opened, config: Mapping[str, Any]) -> Iterator[Finding]:
-    said = FLOAT_CODE_BY_NAME.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
+def _dtype(opened: Opened, config: Mapping[str, Any], planned: Mapping[str, Any]) -> Iterator[Finding]:
+    said = _said_dtype(config)
     main = opened.main_dtype
     encoded = any(isinstance(tensor, EncodedTensor) for tensor in opened.tensors.values())
-    if said is not None and said != main and not encoded:
+    if said not in (None, main, _said_dtype(planned)) and not encoded:
+        assert said is not None
         yield _finding(
             "dtype", f"says {NAME_BY_FLOAT_CODE[said]}, the tensors are {NAME_BY_FLOAT_CODE.get(main, main)}"
         )
@@ -133,13 +131,13 @@ def _quantization(opened: Opened, config: Mapping[str, Any]) -> Iterator[Finding
             yield _finding("quantization_config", f"says bnb_4bit_quant_type {said}, {wrong[0].name} has other codes")
 
 
-def _tokenizer(opened: Opened) -> Iterator[Finding]:
+def _tokenizer(opened: Opened, base: Path) -> Iterator[Finding]:
     rows = _embedding_rows(opened)
     try:
         needed = tokenizer_size(opened.folder)
     except CheckpointError as error:
         yield _finding("tokenizer", f"cannot be read: {error}", "tokenizer")
         return
-    if rows is not None and needed is not None and needed > rows:
+    if rows is not None and needed is not None and needed > rows and needed != tokenizer_size(base):
         message = f"has tokens up to {needed - 1}, the embedding has {rows} rows; grow it, or ship the right tokenizer"
         yield _finding("tokenizer", message, "tokenizer")

@@ -86,7 +86,7 @@ def verify_opened(
         run.tensors()
     finally:
         run.reader.close()
-    findings = [*opened.findings, *consistency(opened, intended.config), *run.findings]
+    findings = [*opened.findings, *consistency(opened, intended.config, intended.base.folder), *run.findings]
     return VerifyReport(
         output=opened.folder,
         base=intended.base.label,
