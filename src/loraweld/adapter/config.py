@@ -188,7 +188,7 @@ def _peft_type(raw: Mapping[str, Any], path: Path) -> str:
     if peft_type not in TUNERS:
         known = ", ".join(sorted(TUNERS))
         raise AdapterError(
-            f"peft_type is {shortened(peft_type)}, which is not known; this version merges {known}", path=path
+            f"peft_type is {peft_type[:100]}, which is not known; this version merges {known}", path=path
         )
     return peft_type
 
@@ -238,7 +238,7 @@ def _init(value: object, path: Path) -> str:
 
 
 def _refuse_giants(raw: Mapping[str, Any], peft_type: str, path: Path) -> None:
-    """Numbers of a config that PEFT's own layer is made from: it makes matrices of these sizes before it sees others."""
+    """Numbers of a config that PEFT's own layer is made from: it makes matrices of these sizes at once."""
     if TUNERS[peft_type].is_native and not any(raw.get(option) for option in _LAYER_OPTIONS):
         return
     for key, value in raw.items():
