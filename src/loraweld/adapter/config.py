@@ -188,7 +188,7 @@ def _peft_type(raw: Mapping[str, Any], path: Path) -> str:
     if peft_type not in TUNERS:
         known = ", ".join(sorted(TUNERS))
         raise AdapterError(
-            f"peft_type is {shortened(peft_type)}, which is not known; this version merges {known}", path=path
+            f"peft_type is {peft_type[:100]}, which is not known; this version merges {known}", path=path
         )
     return peft_type
 
