@@ -91,9 +91,9 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 def check(scene: Path, kind: str, data: bytes) -> None:
     """Success or LoraweldError, in time; else the input is shown so that it can be kept."""
-    started = time.monotonic()
+    started = time.process_time()
     survives(scene, kind, data)
-    assert time.monotonic() - started < ALLOWED_SECONDS, f"{kind}: slow: {data[:2000]!r}"
+    assert time.process_time() - started < ALLOWED_SECONDS, f"{kind}: slow: {data[:2000]!r}"
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def mutated_files(draw: st.DrawFn, scene: Path) -> bytes:
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_what_was_found_stays_found(path: Path, scene: Path) -> None:
-    """Inputs that once ended in a traceback, took too long or went through: each is refused, or harmless."""
+    """Inputs of the kinds that are easily got wrong, and what the fuzzers find: each is refused, or harmless."""
     kind, data = path.parent.name, path.read_bytes()
     if kind == "json":
         kind, data = JSON_KINDS[data[0] % len(JSON_KINDS)], data[1:]

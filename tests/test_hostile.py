@@ -38,10 +38,10 @@ def scene(tmp_path: Path) -> Path:
 def refusal(scene: Path) -> str:
     """The message with which the merge is refused, in time, and nothing written."""
     before = sorted(scene.rglob("*"))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(LoraweldError) as caught:
         loraweld.merge(scene / "adapter", base=scene / "base", output=scene / "out")
-    assert time.monotonic() - started < ALLOWED_SECONDS
+    assert time.process_time() - started < ALLOWED_SECONDS
     assert sorted(scene.rglob("*")) == before
     assert len(str(caught.value)) < 10_000
     return str(caught.value)
@@ -318,12 +318,12 @@ def test_no_expression_takes_for_ever(expression: str, key: str, scene: Path) ->
     value: Any = {expression: 4} if key.endswith("_pattern") and key != "layers_pattern" else expression
     more = {"layers_to_transform": [0, 1]} if key == "layers_pattern" else {}
     (scene / FILES["adapter_config"]).write_bytes(config_with(scene, "adapter_config", **{key: value}, **more))
-    started = time.monotonic()
+    started = time.process_time()
     try:
         loraweld.plan(scene / "adapter", base=scene / "base", output=scene / "out")
     except LoraweldError as error:
         assert str(scene / "adapter") in str(error) or "scene" in str(error) or "adapter" in str(error)
-    assert time.monotonic() - started < ALLOWED_SECONDS
+    assert time.process_time() - started < ALLOWED_SECONDS
 
 
 PARTS = st.recursive(
@@ -382,12 +382,12 @@ def test_layers_are_numbered_as_peft_does() -> None:
 MEASURED = """
 import resource, sys, time
 import loraweld
-started = time.monotonic()
+started = time.process_time()
 try:
     loraweld.plan(sys.argv[1] + "/adapter", base=sys.argv[1] + "/base", output=sys.argv[1] + "/out")
 except loraweld.LoraweldError as error:
     assert len(str(error)) < 300_000
-print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
@@ -443,7 +443,7 @@ def test_giants_are_refused_in_little_time_and_memory(make: Callable[[Path], tup
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     seconds, peak = map(float, done.stdout.split())
-    assert seconds < 2 * ALLOWED_SECONDS  # the bound is 5 s; the machine may be busy
+    assert seconds < 2 * ALLOWED_SECONDS  # of the processor; others may slow it down
     assert peak < ALLOWED_BYTES
 
 
