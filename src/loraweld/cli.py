@@ -99,7 +99,7 @@ def _extract(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))
     elif not arguments.quiet:
-        print("\n".join(report.lines()))
+        print(printable("\n".join(report.lines())))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -112,7 +112,7 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))
     elif not arguments.quiet:
-        print("\n".join(report.lines()))
+        print(printable("\n".join(report.lines())))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -128,7 +128,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     report = verify(
         arguments.output, base=arguments.base, adapter=arguments.adapter, sample=arguments.sample, **options
     )
-    print(json.dumps(report.to_json(), indent=2) if arguments.json else "\n".join(report.lines()))
+    print(json.dumps(report.to_json(), indent=2) if arguments.json else printable("\n".join(report.lines())))
     if not report.holds:
         sys.stdout.flush()
         sys.exit(1)
@@ -138,7 +138,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from loraweld.verification.compare import compare
 
     report = compare(arguments.first, arguments.second)
-    print(json.dumps(report.to_json(), indent=2) if arguments.json else "\n".join(report.lines()))
+    print(json.dumps(report.to_json(), indent=2) if arguments.json else printable("\n".join(report.lines())))
     if not report.is_equal:
         sys.stdout.flush()
         sys.exit(1)

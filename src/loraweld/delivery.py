@@ -138,6 +138,8 @@ class _Work:
         request, made = self.request, self.made
         identity = self._identity()
         if (published := finish_published(request.output, identity=identity)) is not None:
+            if self.check is not None:  # the run that was killed may not have been asked for it
+                self.check(made.output)
             return self._report(self._found_published(published))
         was_there = self._is_taken()
         if was_there:
