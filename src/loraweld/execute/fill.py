@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -19,25 +16,8 @@ from loraweld.compute.encoding import WeightEncoding
 from loraweld.compute.kernels import Ints
 from loraweld.errors import NumericsError
 from loraweld.execute.items import Item
-from loraweld.planning.merge_plan import PlacedPart, Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Neighbouring output bytes that lie side by side in one source file."""
-
-    path: Path
-    offset: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The first `count` bytes of a buffer belong at `offset` of the output file."""
-
-    offset: int
-    count: int
+from loraweld.execute.kept import Piece, fill_kept
+from loraweld.planning.merge_plan import Recipe
 
 
 class Filler:
@@ -82,16 +62,9 @@ class Filler:
             self._measured[item.key] = work.fidelity.sums
 
     def _fill(self, item: Item, buffer: memoryview, scratch: Scratch) -> None:
-        """Write the bytes of a range of a file to the start of `buffer`.
-
-        First what is kept as it is, in as few reads as possible, then the computed rows.
-        """
-        header = item.file.header[item.start : item.end]
-        buffer[: len(header)] = header
-        placed = _overlapping(item)
-        for run in _runs(placed, item):
-            self._reader.read_into(run.path, run.offset, buffer[run.start - item.start : run.end - item.start])
-        for piece in placed:
+        """Write the bytes of a range of a file to the start of `buffer`: what is kept first, then the computed rows."""
+        fill_kept(item, buffer, self._reader)
+        for piece in item.placed:
             if not piece.recipe.keeps_bytes and piece.recipe.num_bytes:
                 _PieceWriter(self._editor(piece.recipe), piece.offset, item, buffer, scratch).write()
 
@@ -166,28 +139,3 @@ class _PieceWriter:
                 places = self._offset + flat * size + byte
                 here = (places >= 0) & (places < len(item))
                 item[places[here]] = elements[here, byte]
-
-
-def _overlapping(item: Item) -> list[PlacedPart]:
-    placed = item.file.placed
-    first = max(0, bisect_right(placed, item.start, key=lambda p: p.offset) - 1)
-    last = bisect_right(placed, item.end - 1, key=lambda p: p.offset)
-    return [piece for piece in placed[first:last] if piece.end > item.start]
-
-
-def _runs(placed: list[PlacedPart], item: Item) -> Iterator[_Run]:
-    run: _Run | None = None
-    for piece in placed:
-        if not piece.recipe.keeps_bytes:
-            continue
-        start, end = max(item.start, piece.offset), min(item.end, piece.end)
-        source = piece.kept
-        offset = source.offset + start - piece.offset
-        if run and (run.path, run.end, run.offset + run.end - run.start) == (source.path, start, offset):
-            run = _Run(run.path, run.offset, run.start, end)
-            continue
-        if run:
-            yield run
-        run = _Run(source.path, offset, start, end)
-    if run:
-        yield run

@@ -6,13 +6,14 @@ encoded anew: one item, codes and scales, since scales may depend on all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
-from loraweld.planning.merge_plan import MergePlan, Recipe, WeightFile
+from loraweld.planning.merge_plan import MergePlan, PlacedPart, Recipe, WeightFile
 from loraweld.sinks.system import BLOCK_BYTES
 
 
@@ -33,6 +34,19 @@ class Item:
     def key(self) -> str:
         """The item's name in the journal."""
         return f"{self.file.name}:{self.start}:{self.end}"
+
+    @property
+    def placed(self) -> Sequence[PlacedPart]:
+        """What lies in these bytes, if only in part."""
+        placed = self.file.placed
+        first = max(0, bisect_right(placed, self.start, key=lambda p: p.offset) - 1)
+        last = bisect_right(placed, self.end - 1, key=lambda p: p.offset)
+        return [piece for piece in placed[first:last] if piece.end > self.start]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether nothing here is computed: all bytes are those of the base."""
+        return self.encoded is None and all(piece.recipe.keeps_bytes for piece in self.placed)
 
 
 class Copies(Protocol):

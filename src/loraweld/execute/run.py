@@ -1,29 +1,32 @@
 """Run a plan into a sink: the only place with threads.
 
 Items are done in any order by a few threads, each with one aligned buffer that it fills and writes. After every
-`CHECKPOINT_BYTES` the finished items are made durable and journalled.
+`CHECKPOINT_BYTES` the finished items are made durable and journalled. What needs no arithmetic comes first: it is
+copied while one of the threads imports torch.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loraweld.adapter.edits import PeftLayer
 from loraweld.checkpoint.reader import Reader
-from loraweld.compute.editor import Scratch
-from loraweld.compute.fidelity import Fidelity
-from loraweld.execute.fill import Filler
 from loraweld.execute.items import Item, encoded_items, work_items
+from loraweld.execute.kept import Piece, kept_pieces
 from loraweld.planning.merge_plan import MergePlan, WeightFile
 from loraweld.sinks.system import aligned_buffer
+
+if TYPE_CHECKING:  # what imports torch is imported when there is work for it
+    from loraweld.compute.editor import Scratch
+    from loraweld.compute.fidelity import Fidelity
+    from loraweld.execute.fill import Filler
 
 CHECKPOINT_BYTES = 256 << 20
 _LOOK_SECONDS = 0.5
@@ -97,10 +100,7 @@ def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progres
         OSError: the sink cannot be written; what is finished stays journalled.
     """
     reader = Reader()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
-    filler = Filler(reader, num_editors=plan.workers + 1, allow_nonfinite=plan.allow_nonfinite)
-    run = _Run(plan, sink, filler, progress)
+    run = _Run(plan, sink, reader, progress)
     try:
         _rehearse(plan, reader)
         result = run.weights()
@@ -113,13 +113,14 @@ def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progres
             sink.write_text(name, text)
         sink.publish()
     finally:
-        torch.set_num_threads(threads)
         reader.close()
     return result
 
 
 def fidelity_of(plan: MergePlan, measured: Measured) -> dict[str, Fidelity]:
     """Return how true each weight is that was edited and encoded, by its name."""
+    from loraweld.compute.fidelity import Fidelity
+
     return {
         item.encoded.name: Fidelity(*values)
         for item in encoded_items(plan)
@@ -141,10 +142,10 @@ class _Stopped(Exception):
 
 
 class _Run:
-    def __init__(self, plan: MergePlan, sink: Sink, filler: Filler, progress: Progress) -> None:
+    def __init__(self, plan: MergePlan, sink: Sink, reader: Reader, progress: Progress) -> None:
         self._plan = plan
         self._sink = sink
-        self._filler = filler
+        self._reader = reader
         self._progress = progress
         self._local = threading.local()
         self._stop = threading.Event()
@@ -154,6 +155,8 @@ class _Run:
         self._files = _OpenFiles(self._items, sink, self._stop)
         self._checkpoint = _Checkpoint(sink)
         self._measured: dict[str, Sequence[float]] = {}
+        self._filler: Future[Filler]
+        self._restore_threads: Callable[[], None] = lambda: None
 
     def weights(self) -> RunResult:
         done = [item for item in self._items if item.key in self._sink.journal.done]
@@ -163,44 +166,57 @@ class _Run:
         for item in done:
             self._files.item_done(item)
         self._measured = {item.key: self._sink.journal.done[item.key] for item in done}
-        self._work(left)
+        self._work(left if self._sink.files_at_once else sorted(left, key=lambda item: not item.is_kept))
+        filler = self._filler.result()
         return RunResult(
             made_bytes=sum(item.end - item.start for item in left),
             resumed_bytes=resumed,
-            saw_no_change=not done and not self._filler.check_any_change(),
+            saw_no_change=not done and not filler.check_any_change(),
             fidelity=fidelity_of(self._plan, self._measured),
-            base_difference=self._filler.base_difference(),
-            nonfinite=self._filler.nonfinite(),
+            base_difference=filler.base_difference(),
+            nonfinite=filler.nonfinite(),
         )
 
     def _work(self, items: list[Item]) -> None:
         with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="loraweld") as pool:
-            futures = [pool.submit(self._one, item) for item in items]
+            self._filler = pool.submit(self._ready_filler)
+            futures: list[Future[Any]] = [self._filler, *(pool.submit(self._one, item) for item in items)]
             try:
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 _raise_first(finished)
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
+                self._restore_threads()
                 self._checkpoint.note_all()
+
+    def _ready_filler(self) -> Filler:
+        """Import what computes: a second or two, in which the other threads copy."""
+        import torch
+
+        from loraweld.execute.fill import Filler
+
+        self._restore_threads = partial(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
+        return Filler(self._reader, num_editors=self._plan.workers + 1, allow_nonfinite=self._plan.allow_nonfinite)
 
     def _one(self, item: Item) -> None:
         if self._stop.is_set():
             return
+        self._measured[item.key] = ()
         if item.whole is not None:
             self._sink.copy(item.file.name, item.whole)
         else:
             self._files.open(item.file)
             self._make(item)
-        self._measured[item.key] = self._filler.measured(item)
         self._checkpoint.add(item, self._measured[item.key])
         self._files.item_done(item, finish=self._checkpoint.note_all)
         self._progress(item.end - item.start)
 
     def _make(self, item: Item) -> None:
         """Compute and write the pieces of an item, one after the other."""
-        buffer, scratch = self._memory()
-        pieces = self._filler.pieces(item, buffer, scratch)
+        buffer = self._buffer()
+        pieces = kept_pieces(item, buffer, self._reader) if item.is_kept else self._computed(item, buffer)
         while not self._stop.is_set():
             with self._computing:
                 piece = next(pieces, None)
@@ -209,12 +225,26 @@ class _Run:
             self._sink.write_at(item.file.name, piece.offset, buffer, piece.count)
         raise _Stopped
 
-    def _memory(self) -> tuple[memoryview, Scratch]:
-        """This thread's buffer and scratch, made once: fresh memory costs more than the arithmetic."""
-        if not hasattr(self._local, "memory"):
-            self._local.memory = memoryview(aligned_buffer(self._plan.item_bytes)), Scratch()
-        memory: tuple[memoryview, Scratch] = self._local.memory
-        return memory
+    def _computed(self, item: Item, buffer: memoryview) -> Iterator[Piece]:
+        filler = self._filler.result()
+        yield from filler.pieces(item, buffer, self._scratch())
+        self._measured[item.key] = filler.measured(item)
+
+    def _buffer(self) -> memoryview:
+        """This thread's buffer, made once: fresh memory costs more than the arithmetic."""
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = memoryview(aligned_buffer(self._plan.item_bytes))
+        buffer: memoryview = self._local.buffer
+        return buffer
+
+    def _scratch(self) -> Scratch:
+        """This thread's scratch, made once."""
+        if not hasattr(self._local, "scratch"):
+            from loraweld.compute.editor import Scratch
+
+            self._local.scratch = Scratch()
+        scratch: Scratch = self._local.scratch
+        return scratch
 
 
 class _OpenFiles:
@@ -290,7 +320,7 @@ class _Checkpoint:
                 self._sink.journal.append({item.key: measured for item, measured in items})
 
 
-def _raise_first(finished: Iterable[Future[None]]) -> None:
+def _raise_first(finished: Iterable[Future[Any]]) -> None:
     errors = [error for error in (future.exception() for future in finished) if error is not None]
     if errors:
         raise errors[0]

@@ -23,7 +23,7 @@ _LINUX = sys.platform == "linux"
 _FICLONE = 0x40049409
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _UNSUPPORTED = {
     errno.EINVAL,
     errno.ENOTSUP,
@@ -43,13 +43,15 @@ def aligned_buffer(size: int) -> mmap.mmap:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next use, instead of giving it back and touching new pages.
 
-    Tensors of a few MiB come and go for each tile. For a process that only merges: it holds for as long as that lives.
+    Tensors of a few MiB come and go for each tile. All threads share one arena, so that those that compute use what
+    those that write have freed. For a process that only merges: it holds for as long as that lives.
     Source: mallopt(3) of glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if _LINUX else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def open_for_writing(path: Path, size: int, *, direct: bool = True) -> int:
