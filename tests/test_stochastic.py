@@ -19,13 +19,15 @@ from torch import Tensor
 
 import loraweld
 from exact import BF16, FORMATS, FP16, Format, nearest_even, rounded, steps_apart
-from fakes import contents, load_folder, random_factors, random_tensors, write_adapter, write_base
+from fakes import contents, fail_at_call, load_folder, random_factors, random_tensors, write_adapter, write_base
 from loraweld.compute.random_bits import PIECE_ELEMENTS, RandomBits
 from loraweld.compute.rounding import Rounder
 from loraweld.compute.stochastic import StochasticRounder
-from loraweld.errors import NumericsError, RequestError
+from loraweld.errors import NumericsError, OutputError, RequestError
 from loraweld.planning import memory
 from loraweld.planning.merge_plan import Draw
+from loraweld.report import MergeReport
+from loraweld.sinks.folder import FolderSink
 from loraweld.verification.findings import TensorResult, VerifyReport
 from strategies import near_ties
 from test_numerics import exact_sum, uneven_model
@@ -297,6 +299,26 @@ def test_the_bytes_do_not_depend_on_how_the_work_is_cut(
     assert all(files == made[0] for files in made[1:])
     loraweld.merge(adapter, output=tmp_path / "other", base=base, rounding="stochastic", seed=6)
     assert contents(tmp_path / "other")["model.safetensors"] != made[0]["model.safetensors"]
+
+
+def test_a_run_that_stopped_continues_by_its_own_seed_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command goes on and has the bytes of a run in one piece; another seed starts afresh."""
+    base, adapter = uneven_model(tmp_path, BF16)
+    monkeypatch.setattr(memory, "ITEM_BYTES", 1 << 20)
+
+    def merge(output: str, seed: int) -> MergeReport:
+        return loraweld.merge(adapter, output=tmp_path / output, base=base, workers=1, rounding="stochastic", seed=seed)
+
+    for output in ("same", "other"):
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderSink, "write_at", fail_at_call(FolderSink.write_at, 5, OSError(5, "broken")))
+            with pytest.raises(OutputError, match="the same command continues"):
+                merge(output, 1)
+    whole = {seed: merge(f"whole{seed}", seed) for seed in (1, 2)}
+    assert merge("same", 1).resumed_bytes > 0
+    assert merge("other", 2).resumed_bytes == 0
+    for output, seed in (("same", 1), ("other", 2)):
+        assert contents(tmp_path / output) == contents(whole[seed].output)
 
 
 def test_only_what_the_adapter_changes_is_drawn(tmp_path: Path) -> None:

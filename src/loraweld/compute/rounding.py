@@ -129,9 +129,11 @@ def _below(bits_nC: Bits, limit: int) -> Ints:
 
 def _bits_above(value: float, dtype: torch.dtype) -> int:
     """The bits of the 16-bit float next above a positive value."""
-    capped = min(value, torch.finfo(dtype).max)
-    nearest = torch.tensor(capped, dtype=dtype)
-    return int(nearest.view(torch.int16)) + (float(nearest) <= capped)
+    capped = np.float32(min(value, torch.finfo(dtype).max))
+    if dtype == torch.bfloat16:
+        return int(capped.view(np.uint32) >> 16) + 1
+    nearest = capped.astype(np.float16)
+    return int(nearest.view(np.int16)) + bool(nearest <= capped)
 
 
 def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Ints:

@@ -40,6 +40,7 @@ class StochasticRounder(Rounder):
         self._lost_bits = _FLOAT32_MANTISSA - MANTISSA_BITS[dtype]
         self._largest = _float32_bits(torch.finfo(dtype).max)
         self._smallest_normal = _float32_bits(2.0 ** _MIN_EXPONENT[dtype])
+        self._added = np.empty(PIECE_ELEMENTS, dtype=np.uint16)
         self._sums = np.empty(PIECE_ELEMENTS, dtype=np.int32)
 
     def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float, first: int = 0) -> Ints:
@@ -60,11 +61,13 @@ class StochasticRounder(Rounder):
     def _round_piece(self, bits: npt.NDArray[np.int32], out: torch.Tensor, first: int) -> None:
         """Add as many random bits as the format loses, and cut these off: what carries is rounded away from zero."""
         random, sums = self._random.run(first, len(bits)), self._sums[: len(bits)]
-        np.add(bits, random >> np.uint16(16 - self._lost_bits) if self._lost_bits < 16 else random, out=sums)
+        added = np.right_shift(random, np.uint16(16 - self._lost_bits), out=self._added[: len(bits)])
+        np.add(bits, added, out=sums)
         np.bitwise_and(sums, np.int32(-1 << self._lost_bits), out=sums)
         out.copy_(torch.from_numpy(sums).view(torch.float32))
         if self.dtype == torch.float16:  # whose subnormal numbers are float32's normal ones
-            small = np.flatnonzero((bits & _MAGNITUDE) < self._smallest_normal)
+            magnitudes = np.bitwise_and(bits, np.int32(_MAGNITUDE), out=sums)
+            small = np.flatnonzero(magnitudes < self._smallest_normal)
             values = bits[small].view(np.float32).astype(np.float64)
             out[torch.from_numpy(small)] = _chosen(values, random[small], self.dtype)
 
