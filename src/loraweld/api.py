@@ -38,6 +38,7 @@ def merge(
     base: PathLike | None = None,
     save_method: str = "merged_16bit",
     dtype: str = "auto",
+    rounding: str = "nearest",
     max_shard_size: int | str | None = None,
     max_memory: int | str = "512MB",
     workers: int | None = None,
@@ -83,6 +84,8 @@ def merge(
             adapter alone.
         dtype: of the weights the base stores in its main dtype: "auto" keeps a 16-bit type and writes
             bfloat16 for a float32 base; "bfloat16", "float16", "float32".
+        rounding: "nearest", or "stochastic": what the adapter changes goes up or down by chance, so that changes below
+            a step of `dtype` are kept in the mean.
         max_shard_size: repack into files of at most this size ("5GB", or bytes); None keeps the base's files.
         max_memory: what the merge may allocate, on top of about 250 MB for Python and torch.
         workers: threads; None takes four.
@@ -111,7 +114,7 @@ def merge(
         combine: "sum" adds what they change, exactly, and takes adapters of any kind; None: "sum". The names of PEFT's
             `add_weighted_adapter` ("linear", "cat", "svd", "ties", …) combine LoRA adapters into one LoRA first.
         density: share of values that "ties", "dare_…" and "magnitude_prune" keep, more than 0, at most 1.
-        seed: of the random choice of "dare_…"; None: 0.
+        seed: of stochastic rounding, and of the random choice of "dare_…"; None: 0.
         svd_rank: rank of the combined adapter of "svd" and "…_svd"; None: the largest of the adapters.
         majority_sign_method: how "ties" and "dare_ties" elect a sign, "total" or "frequency"; None: "total".
         scale: strength: a factor of all weights; negative subtracts. None: 1.
@@ -128,6 +131,7 @@ def merge(
         base=base,
         save_method=save_method,
         dtype=dtype,
+        rounding=rounding,
         max_shard_size=max_shard_size,
         max_memory=max_memory,
         workers=workers,

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from loraweld._version import __version__
 from loraweld.combine.methods import COMBINE_METHODS, MAJORITY_SIGN_METHODS
 from loraweld.errors import LoraweldError, RequestError, printable
-from loraweld.request import AS_GIVEN, DTYPES, QUANT_TYPES, MergeRequest, make_request
+from loraweld.request import AS_GIVEN, DTYPES, NEAREST, QUANT_TYPES, ROUNDINGS, MergeRequest, make_request
 from loraweld.save_methods import SAVE_METHODS
 
 
@@ -122,7 +122,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     names = (
         *("weights", "scale", "combine", "density", "seed", "svd_rank", "majority_sign_method"),
-        *("merge_base", "expert_layout", "tokenizer", "token"),
+        *("merge_base", "expert_layout", "tokenizer", "token", "rounding"),
     )
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     report = verify(
@@ -156,7 +156,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
     options: dict[str, Any] = {
         name: getattr(arguments, name)
         for name in (
-            *("output", "base", "save_method", "dtype", "max_shard_size", "max_memory"),
+            *("output", "base", "save_method", "dtype", "rounding", "max_shard_size", "max_memory"),
             *("workers", "overwrite", "resume", "tokenizer", "gguf_type", "keep_merged"),
             *("merge_base", "quant_type", "double_quant", "blocksize", "quantizer", "skip_modules"),
             *("expert_layout", "allow_nonfinite", "stream_base", "token", "push_to_hub"),
@@ -243,7 +243,9 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--expert-layout", metavar="NAME", help="as given to merge (default: auto)")
     add("--tokenizer", metavar="PATH", help="as given to merge (default: the adapter's, else the base's)")
     add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
-    _add_combining_arguments(verify.add_argument_group("how they were merged, where loraweld.json does not say"))
+    how = verify.add_argument_group("how they were merged, where loraweld.json does not say")
+    _add_combining_arguments(how)
+    how.add_argument("--rounding", metavar="NAME", help=f"as given to merge (default: {NEAREST})")
     add("--json", action="store_true", help="print the report as JSON on stdout")
     verify.set_defaults(run=_verify)
     compare = commands.add_parser(
@@ -277,6 +279,13 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="DTYPE",
         help=f"dtype of the main weights: {', '.join(DTYPES)}; auto keeps 16 bit, else bfloat16 (default: %(default)s)",
+    )
+    add(
+        "--rounding",
+        default=NEAREST,
+        metavar="NAME",
+        help=f"{' or '.join(ROUNDINGS)}: up or down by chance, by --seed, so that changes below a step of 16 bit are "
+        "kept in the mean (default: %(default)s)",
     )
     add(
         "--expert-layout",
@@ -348,7 +357,7 @@ def _add_combining_arguments(group: argparse._ArgumentGroup) -> None:
         "only (default: sum)",
     )
     add("--density", type=float, metavar="D", help="share of values that ties, dare and magnitude_prune keep, e.g. 0.5")
-    add("--seed", type=int, metavar="N", help="of the random choice of dare (default: 0)")
+    add("--seed", type=int, metavar="N", help="of stochastic rounding, and of the random choice of dare (default: 0)")
     add("--svd-rank", type=int, metavar="R", help="rank that svd methods keep (default: the largest of the adapters)")
     add(
         "--majority-sign-method",

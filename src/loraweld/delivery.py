@@ -297,6 +297,7 @@ class _Work:
             combination=made.combination,
             save_method=made.save_method,
             dtype=made.dtype,
+            rounding_seed=made.rounding_seed,
             files=files,
             recipes=dict(made.recipes_by_kind),
             modules=made.modules,

@@ -14,7 +14,7 @@ from loraweld._version import __version__
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.jsonfile import dump_json
 from loraweld.planning.facts import Facts
-from loraweld.planning.merge_plan import MergePlan
+from loraweld.planning.merge_plan import MergePlan, rounding_json
 
 _PIECE_BYTES = 1 << 20
 
@@ -38,6 +38,7 @@ def record_text(plan: MergePlan, facts: Facts) -> str:
                 for adapter in facts.given
             ],
             **({"combination": plan.combination.to_json()} if plan.combination else {}),
+            **({"rounding": rounding} if (rounding := rounding_json(plan.rounding_seed)) else {}),
             "recipes": dict(plan.recipes_by_kind),
             "modules": [
                 {"adapter": m.adapter, "module": m.module, "tensor": m.tensor, "what": m.what} for m in plan.modules

@@ -10,7 +10,7 @@ from typing import Any
 
 from loraweld.combine.methods import Combination
 from loraweld.hub.upload import Pushed
-from loraweld.planning.merge_plan import MergePlan, ModuleLine, OutputFile
+from loraweld.planning.merge_plan import MergePlan, ModuleLine, OutputFile, rounding_json
 
 _SHOWN = 5
 
@@ -61,6 +61,7 @@ class MergeReport:
     seconds: float
     pushed: Pushed | None = None
     combination: Combination | None = None
+    rounding_seed: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values: `loraweld merge --json`."""
@@ -71,6 +72,7 @@ class MergeReport:
             "combination": self.combination.to_json() if self.combination else None,
             "save_method": self.save_method,
             "dtype": self.dtype,
+            "rounding": rounding_json(self.rounding_seed),
             "files": list(self.files),
             "recipes": dict(self.recipes),
             "modules": [
@@ -94,7 +96,8 @@ class MergeReport:
         return [
             f"{self.output}: {human_bytes(self.bytes_written)} in {self.seconds:.1f} s ({human_bytes(int(rate))}/s)",
             *_pushed_lines(self.pushed),
-            f"base {self.base}, adapter {_adapters(self.adapters, self.combination)}, {self.dtype}",
+            f"base {self.base}, adapter {_adapters(self.adapters, self.combination)}, {self.dtype}"
+            f"{_rounding(self.rounding_seed)}",
             f"tensors: {counts(self.recipes)}",
             *_module_lines(self.modules),
             *fidelity_lines(self.fidelity),
@@ -123,7 +126,8 @@ def lost_change_notes(fidelity: Sequence[WeightFidelity]) -> list[str]:
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     return [
         f"WARNING: less than half of the adapter's change is left in {len(lost)} of {len(fidelity)} weights, because "
-        f"it is smaller than the steps of their codes: {shown}{more}. Save with --save-method merged_16bit to keep it"
+        f"it is smaller than the steps of their codes: {shown}{more}. To keep it, save with "
+        "--save-method merged_16bit, in an encoding of more bits, or with a larger --scale"
     ]
 
 
@@ -172,7 +176,7 @@ def plan_lines(made: MergePlan) -> list[str]:
     """Return a plan for a person."""
     return [
         f"base {made.base}, adapter {_adapters(made.adapters, made.combination)} → {made.output} "
-        f"({made.save_method}, {made.dtype})",
+        f"({made.save_method}, {made.dtype}{_rounding(made.rounding_seed)})",
         *map(_file_line, made.files),
         f"tensors: {counts(dict(made.recipes_by_kind))}",
         *_module_lines(made.modules),
@@ -189,6 +193,10 @@ def _adapters(names: Sequence[str], combination: Combination | None) -> str:
         return ", ".join(names)
     weighed = (f"{name} × {weight:g}" for name, weight in zip(names, combination.weights, strict=True))
     return f"{', '.join(weighed)} ({combination})"
+
+
+def _rounding(seed: int | None) -> str:
+    return "" if seed is None else f", rounded stochastically (seed {seed})"
 
 
 def _file_line(file: OutputFile) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.encodings.bnb4 import BLOCKSIZES
-from loraweld.combine.methods import Combination, make_combination
+from loraweld.combine.methods import Combination, check_seed, make_combination
 from loraweld.errors import OutputError, RequestError
 from loraweld.gguf_types import parse_quantization
 from loraweld.hub.target import HubTarget, parse_target
@@ -22,6 +22,8 @@ QUANTIZERS = ("mse", "absmax")
 AS_GIVEN, QUANTIZED_FROM = "as-given", "quantized-from"
 EXPERT_LAYOUTS = ("auto", "standard", "swapped")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+NEAREST, STOCHASTIC = "nearest", "stochastic"
+ROUNDINGS = (NEAREST, STOCHASTIC)
 MIN_MEMORY_BYTES = 64 * 10**6
 MAX_SIZE_BYTES = 2**62
 MAX_WORKERS = 256
@@ -41,7 +43,7 @@ class MergeRequest:
     `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
     the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
     `keeps_output` the output is then only the name beside which files are staged. `combination`: how the adapters act
-    together, and how strongly.
+    together, and how strongly. `rounding_seed`: of stochastic rounding, None rounds to nearest.
     """
 
     adapters: tuple[Path, ...]
@@ -72,6 +74,7 @@ class MergeRequest:
     hub: HubTarget | None = None
     keeps_output: bool = True
     verify: bool = False
+    rounding_seed: int | None = None
 
     @property
     def streams_to_hub(self) -> bool:
@@ -86,6 +89,7 @@ def make_request(
     base: PathLike | None = None,
     save_method: str = "merged_16bit",
     dtype: str = "auto",
+    rounding: str = NEAREST,
     max_shard_size: int | str | None = None,
     max_memory: int | str = "512MB",
     workers: int | None = None,
@@ -144,6 +148,7 @@ def make_request(
     hub = _hub(push_to_hub, token, private=private, revision=revision, create_pr=create_pr, message=commit_message)
     if output is None and hub is None:
         raise RequestError("no output was given; expected a folder (-o OUT), or a repository (--push-to-hub)")
+    rounding_seed = _rounding_seed(rounding, seed, method, options["dtype"])
     combination = make_combination(
         len(adapters),
         weights=weights,
@@ -153,6 +158,7 @@ def make_request(
         svd_rank=svd_rank,
         majority_sign_method=majority_sign_method,
         scale=scale,
+        seed_is_shared=rounding_seed is not None,
     )
     if verify:
         _check_verifiable(method, is_kept=output is not None)
@@ -178,8 +184,23 @@ def make_request(
         hub=hub,
         keeps_output=output is not None,
         verify=verify,
+        rounding_seed=rounding_seed,
         **options,
     )
+
+
+def _rounding_seed(rounding: str, seed: int | None, method: str, dtype: str) -> int | None:
+    """Return the seed of stochastic rounding, None if it was not asked for."""
+    if _choice("rounding", rounding, ROUNDINGS) == NEAREST:
+        return None
+    if method not in ONLY_FOR["rounding"]:
+        methods = " and ".join(ONLY_FOR["rounding"])
+        raise RequestError(f"rounding stochastic has no effect with save_method {method}, only with {methods}")
+    if dtype == "float32":
+        raise RequestError(
+            "rounding stochastic has no effect with dtype float32, which keeps what is computed; leave one of them out"
+        )
+    return check_seed(seed)
 
 
 def _check_verifiable(method: str, *, is_kept: bool) -> None:

@@ -31,6 +31,7 @@ ONLY_FOR = {
     "skip_modules": ("merged_4bit", "merged_8bit", "merged_fp8"),
     "gguf_type": ("gguf",),
     "keep_merged": ("gguf",),
+    "rounding": ("merged_16bit",),
 }
 
 

@@ -77,8 +77,11 @@ def make_combination(
     svd_rank: int | None,
     majority_sign_method: str | None,
     scale: float | None,
+    seed_is_shared: bool = False,
 ) -> Combination:
     """Check how `count` adapters are to act together.
+
+    With `seed_is_shared` the seed has another use too: a method that draws nothing leaves it aside.
 
     Raises:
         RequestError: a number that is none or out of its range, too few or too many weights, an unknown name, an
@@ -89,7 +92,7 @@ def make_combination(
         raise RequestError(f"combine {method} is for two adapters or more, there is one; leave it out")
     given = {
         "density": density,
-        "seed": seed,
+        "seed": seed if method in ONLY_FOR["seed"] or not seed_is_shared else None,
         "svd_rank": svd_rank,
         "majority_sign_method": majority_sign_method,
     }
@@ -97,7 +100,8 @@ def make_combination(
     for option in options:
         if method not in ONLY_FOR[option]:
             raise RequestError(
-                f"{option} has no effect with combine {method}, only with {', '.join(ONLY_FOR[option])}; leave it out"
+                f"{option} has no effect with combine {method}, only with {', '.join(ONLY_FOR[option])}"
+                f"{' and with rounding stochastic' if option == 'seed' else ''}; leave it out"
             )
     return Combination(weights=_weights(count, weights, scale), method=method, **_options(method, options))
 
@@ -122,13 +126,22 @@ def _options(method: str, given: dict[str, Any]) -> dict[str, Any]:
         if not 0 < found["density"] <= 1:
             raise RequestError(f"density is {found['density']:g}, expected more than 0 and at most 1")
     if method in ONLY_FOR["seed"]:
-        found["seed"] = _whole("seed", found.get("seed", 0), least=0, most=MAX_SEED)
+        found["seed"] = check_seed(found.get("seed"))
     if "svd_rank" in found:
         found["svd_rank"] = _whole("svd_rank", found["svd_rank"], least=1, most=MAX_SEED)
     if method in ONLY_FOR["majority_sign_method"]:
         sign = found.get("majority_sign_method", MAJORITY_SIGN_METHODS[0])
         found["majority_sign_method"] = _name("majority_sign_method", sign, MAJORITY_SIGN_METHODS)
     return found
+
+
+def check_seed(value: object) -> int:
+    """Return the seed of whatever is drawn, 0 if none was given.
+
+    Raises:
+        RequestError: no whole number, or one out of range.
+    """
+    return _whole("seed", 0 if value is None else value, least=0, most=MAX_SEED)
 
 
 def _name(option: str, value: str, valid: Sequence[str]) -> str:

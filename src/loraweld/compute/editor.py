@@ -15,7 +15,8 @@ from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.decoder import Decoder, Rows, open_decoder
 from loraweld.compute.codecs.requantised import Difference, RequantisedDecoder
 from loraweld.compute.kernels import Ints, Kernel, Span, make_kernel
-from loraweld.compute.rounding import NONE, Rounder, round_exact
+from loraweld.compute.rounding import NONE
+from loraweld.compute.stochastic import make_rounder
 from loraweld.compute.tensors import as_tensor, item_size, torch_dtype
 from loraweld.compute.tiles import TileGrid
 from loraweld.errors import NumericsError
@@ -127,7 +128,7 @@ class EditSession:
         self._spans = spans
         self._scratch = scratch
         allows = self._outcome.allow_nonfinite and not editor.recipe.is_encoded  # codes have none
-        self._rounder = Rounder(torch_dtype(editor.recipe.dtype), allow_nonfinite=allows)
+        self._rounder = make_rounder(torch_dtype(editor.recipe.dtype), editor.recipe.draw, allow_nonfinite=allows)
         self._cols = editor.recipe.source.cols
         self._positions: list[Ints] = []
         self._bases: list[torch.Tensor] = []
@@ -184,7 +185,7 @@ class EditSession:
         tile = self.edited(top, bottom)
         out_nC = as_tensor(out, self._recipe.dtype, (bottom - top, self._cols))
         with self.named(f"rows {top} to {bottom - 1}"):
-            doubtful = self._rounder.round(tile.values_nC, out_nC, tile.error)
+            doubtful = self._rounder.round(tile.values_nC, out_nC, tile.error, top * self._cols)
         if self._rounder.saw_nonfinite:
             self._outcome.nonfinite.add(self._recipe.name)
         if len(doubtful):
@@ -202,7 +203,7 @@ class EditSession:
         pieces = [slice(start, start + _EXACT_ELEMENTS) for start in range(0, len(flat), _EXACT_ELEMENTS)]
         exact = np.concatenate([self._exact(flat[piece], values[piece]) for piece in pieces])
         with self.named("elements in doubt"):
-            rounded = round_exact(exact, self._rounder.dtype)
+            rounded = self._rounder.exact(exact, flat)
         return flat, rounded.view(torch.uint8).numpy().reshape(len(flat), -1)
 
     def _exact(self, flat: Ints, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

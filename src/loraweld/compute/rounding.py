@@ -17,11 +17,12 @@ import torch
 
 from loraweld.errors import NumericsError
 
-_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 _FLOAT32_EPSILON = 2.0**-23
 Ints = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.int16]
+AnyBits = Bits | npt.NDArray[np.int32]
 NONE = np.empty(0, dtype=np.int64)
 
 
@@ -33,29 +34,37 @@ class Rounder:
         self.saw_nonfinite = False
         self._allows = allow_nonfinite
 
-    def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float) -> Ints:
+    def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float, first: int = 0) -> Ints:
         """Write `tile_nC`, right within the absolute `error`, to `out_nC`, rounded once, to nearest even.
 
+        `first` is the flat position of the tile's first element in its tensor.
+
         Returns:
-            The flat positions of elements that float32 may have wrong by too much; `round_exact` has the cure.
+            The flat positions in the tile of elements that float32 may have wrong by too much; `exact` has the cure.
 
         Raises:
             NumericsError: a result is infinite or not a number, and that is not allowed.
         """
         out_nC.copy_(tile_nC)
-        if self.dtype not in _MANTISSA_BITS:
+        if self.dtype not in MANTISSA_BITS:
             if not _is_finite(out_nC):
                 self._let_through(out_nC)
             return NONE
         bits_nC = out_nC.view(torch.int16).numpy()
-        if bits_nC.size and _largest(bits_nC) >= _INFINITY[self.dtype]:
+        if bits_nC.size and largest_bits(bits_nC) >= _INFINITY[self.dtype]:
             self._let_through(tile_nC)
             return NONE  # float32 is near enough for the other values of such a tile
-        if error == 0 or not bits_nC.size:
-            return NONE
-        if self.dtype == torch.float16:
+        if self.dtype == torch.float16 and error and bits_nC.size:
             return _near_middle(tile_nC, self.dtype, error)
-        return _below(bits_nC, _bfloat16_bits_above(error * 2.0 ** (_MANTISSA_BITS[self.dtype] + 1)))
+        return in_doubt(out_nC, error)
+
+    def exact(self, values: npt.NDArray[np.float64], flat: Ints) -> torch.Tensor:
+        """Return the exact values of elements at flat positions of the tensor, rounded as `round` does.
+
+        Raises:
+            NumericsError: a result is infinite or not a number.
+        """
+        return round_exact(values, self.dtype)
 
     def _let_through(self, tile_nC: torch.Tensor) -> None:
         if not self._allows:
@@ -88,14 +97,23 @@ def round_once(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Ten
     return torch.from_numpy(odd.view(np.float32)).to(dtype)
 
 
-# The magnitude of a 16-bit float is its lower 15 bits, and orders as they do. Read as signed numbers, negative floats
-# lie from -32768 on upwards, so minima and maxima of the bits, signed and unsigned, bound both halves without a copy.
+# The magnitude of a float is its bits without the sign, and orders as they do. Read as signed numbers, negative floats
+# lie from the least number on upwards, so minima and maxima of the bits, signed and unsigned, bound both halves without
+# a copy.
 _SIGN = 0x8000
 
 
-def _largest(bits_nC: Bits) -> int:
-    """The largest magnitude, as bits."""
-    return max(int(bits_nC.max()), int(bits_nC.view(np.uint16).max()) - _SIGN)
+def largest_bits(bits: AnyBits) -> int:
+    """Return the largest magnitude, as bits, of floats of 16 or 32 bits that are read as signed numbers."""
+    return max(int(bits.max()), int(bits.view(f"u{bits.itemsize}").max()) - (1 << (8 * bits.itemsize - 1)))
+
+
+def in_doubt(out_nC: torch.Tensor, error: float) -> Ints:
+    """Return the flat positions of 16-bit values whose step may be smaller than about the absolute `error`."""
+    if not error or not out_nC.numel():
+        return NONE
+    limit = _bits_above(error * 2.0 ** (MANTISSA_BITS[out_nC.dtype] + 1), out_nC.dtype)
+    return _below(out_nC.view(torch.int16).numpy(), limit)
 
 
 def _below(bits_nC: Bits, limit: int) -> Ints:
@@ -109,10 +127,13 @@ def _below(bits_nC: Bits, limit: int) -> Ints:
     return flat
 
 
-def _bfloat16_bits_above(value: float) -> int:
-    """The bits of the bfloat16 next above a positive value."""
-    capped = np.float32(min(value, torch.finfo(torch.float32).max))
-    return int(capped.view(np.uint32) >> 16) + 1
+def _bits_above(value: float, dtype: torch.dtype) -> int:
+    """The bits of the 16-bit float next above a positive value."""
+    capped = np.float32(min(value, torch.finfo(dtype).max))
+    if dtype == torch.bfloat16:
+        return int(capped.view(np.uint32) >> 16) + 1
+    nearest = capped.astype(np.float16)
+    return int(nearest.view(np.int16)) + bool(nearest <= capped)
 
 
 def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Ints:

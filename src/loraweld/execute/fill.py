@@ -87,7 +87,8 @@ class Filler:
         if self._outcome.had_delta and not self._outcome.any_change:
             raise NumericsError(
                 "every change of the adapter is smaller than the output can hold: the result would be the base. "
-                "Give --dtype float32, or --save-method merged_16bit if weights are encoded"
+                "Give --dtype float32 or, to keep them in the mean, --rounding stochastic --seed N; --save-method "
+                "merged_16bit if weights are encoded; or a larger --scale"
             )
         return self._outcome.any_change
 

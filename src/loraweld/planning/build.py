@@ -54,7 +54,8 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     tokenizers = _tokenizers(request, adapters)
     grown = grow_to_tokenizer(base, resolved.changes, _tokens_needed(tokenizers))
     dtype, task = output_dtype(base, request), find_task(adapters, resolved.changes)
-    plain = make_recipes(facts, resolved.changes, dtype, drops_text_head=task is not None)
+    seed = request.rounding_seed
+    plain = make_recipes(facts, resolved.changes, dtype, drops_text_head=task is not None, rounding_seed=seed)
     output = encode_output(request, base, plain, facts.ties)
     recipes = output.recipes
     weights = _weights(request, base, output)
@@ -93,6 +94,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         peak_memory_bytes=memory.peak_bytes,
         free_disk_bytes=free_bytes(request.output),
         allow_nonfinite=request.allow_nonfinite,
+        rounding_seed=seed,
     )
 
 

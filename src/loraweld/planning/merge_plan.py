@@ -16,6 +16,7 @@ from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding
 from loraweld.checkpoint.stored import Identity, StoredTensor
 from loraweld.combine.methods import Combination
 from loraweld.dtypes import num_bytes
+from loraweld.request import STOCHASTIC
 
 RECORD_NAME = "loraweld.json"
 MERGED_FOLDER = "merged"
@@ -55,9 +56,19 @@ class Part:
         return num_bytes(self.dtype, math.prod(self.shape))
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What the random bits of a rounding follow from: a seed, and the name of a tensor."""
+
+    seed: int
+    tensor: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """How one output weight is made: the values of `source`, `edits` in order, rounded to `dtype`.
+
+    They are rounded to nearest, with a `draw` up or down by chance.
 
     With an `encoding` the values are stored in it, as `encoded_parts`, and `dtype` is what they decode to; without,
     as they are. `form` is the base's weight in that encoding, from which comes what the values do not decide; if it is
@@ -78,6 +89,7 @@ class Recipe:
     encoded_parts: tuple[Part, ...] = ()
     form: EncodedTensor | None = None
     searches: bool = False
+    draw: Draw | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -217,6 +229,7 @@ class MergePlan:
     """Everything a merge does: output files and their recipes, in order.
 
     `combination` says how the adapters act together, None if each acts as it was trained and all are added.
+    `rounding_seed` is that of stochastic rounding, None if what is changed is rounded to nearest.
     `inputs` are the weight files that are read; it is checked that they are the same when the output is complete, and
     when a run is resumed. `scratch` keeps alive what recipes read from beside them (an unpickled adapter), and nothing
     else.
@@ -240,6 +253,7 @@ class MergePlan:
     export: Export | None = None
     combination: Combination | None = None
     allow_nonfinite: bool = False
+    rounding_seed: int | None = None
 
     @property
     def recipes(self) -> Iterator[Recipe]:
@@ -319,6 +333,8 @@ class MergePlan:
                 form = recipe.form and _key(recipe.form)
                 values = _key(recipe.source), recipe.edits_key, recipe.encoding, form, recipe.searches
                 digest.update(repr(values).encode())
+                if recipe.draw is not None:
+                    digest.update(repr(recipe.draw).encode())
         for small in self.small:
             digest.update(repr((small.name, small.text)).encode())
         if self.combination is not None:
@@ -336,6 +352,7 @@ class MergePlan:
             "output": str(self.output),
             "save_method": self.save_method,
             "dtype": self.dtype,
+            "rounding": rounding_json(self.rounding_seed),
             "files": [file.to_json() for file in self.files],
             "recipes": dict(self.recipes_by_kind),
             "modules": [
@@ -352,6 +369,11 @@ class MergePlan:
 
     def __str__(self) -> str:
         return json.dumps(self.to_json(), indent=2)
+
+
+def rounding_json(seed: int | None) -> dict[str, Any] | None:
+    """Return what records and reports say of a rounding that is not to nearest, None of one that is."""
+    return None if seed is None else {"method": STOCHASTIC, "seed": seed}
 
 
 def _total(files: Iterable[OutputFile]) -> int:

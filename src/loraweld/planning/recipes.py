@@ -13,7 +13,7 @@ from loraweld.dtypes import FLOAT_CODE_BY_NAME
 from loraweld.errors import CheckpointError
 from loraweld.planning.changes import Change
 from loraweld.planning.facts import Facts
-from loraweld.planning.merge_plan import Recipe
+from loraweld.planning.merge_plan import Draw, Recipe
 from loraweld.request import MergeRequest
 
 # Heads of language models: a model that gets the head of another task has no place for them.
@@ -28,10 +28,13 @@ def output_dtype(base: Base, request: MergeRequest) -> str:
     return main if main in ("BF16", "F16") or request.save_method == "preserve" else "BF16"
 
 
-def make_recipes(facts: Facts, changes: Mapping[str, Change], dtype: str, *, drops_text_head: bool) -> list[Recipe]:
+def make_recipes(
+    facts: Facts, changes: Mapping[str, Change], dtype: str, *, drops_text_head: bool, rounding_seed: int | None
+) -> list[Recipe]:
     """Return the recipes of all output tensors: the base's in their order, then the new ones.
 
-    `dtype` is for weights in the base's main dtype; the few kept in another one keep it.
+    `dtype` is for weights in the base's main dtype; the few kept in another one keep it. With a `rounding_seed` those
+    that an adapter changes are rounded stochastically.
     """
     base, main = facts.base, facts.base.main_dtype
     sources = {tie.target: base.tensors[tie.source] for tie in facts.ties}
@@ -46,7 +49,16 @@ def make_recipes(facts: Facts, changes: Mapping[str, Change], dtype: str, *, dro
             source = sources.get(name)
             code = dtype if source is None or source.dtype == main else source.dtype
             recipes.append(_new_recipe(name, source, change, code))
+    if rounding_seed is not None:
+        recipes = [_drawn(recipe, rounding_seed) for recipe in recipes]
     return [*recipes, *_twins(facts, recipes)]
+
+
+def _drawn(recipe: Recipe, seed: int) -> Recipe:
+    """A conversion loses no change: what no adapter changes is rounded to nearest as ever."""
+    if recipe.kind not in ("edit", "replace", "new") or recipe.dtype not in ("BF16", "F16"):
+        return recipe
+    return replace(recipe, draw=Draw(seed, recipe.name))
 
 
 def _twins(facts: Facts, recipes: Sequence[Recipe]) -> Iterator[Recipe]:

@@ -16,12 +16,15 @@ from loraweld.adapter.edits import AddVector, Dora, Edit, LowRank, OnRows, Repla
 from loraweld.checkpoint.reader import Reader
 from loraweld.planning.merge_plan import Recipe
 from loraweld.verification.expected import Expected
-from loraweld.verification.numbers import quanta
+from loraweld.verification.numbers import drawn_variance, nearest, quanta
 
 _FEW = 1e-3
 _ALIKE = 0.98
 _UNLIKE = 0.3
 _NEAR_ONE = 0.004
+_SIGMAS = 4
+_SPREAD = 0.2
+_TIGHT, _LOOSE = 0.02, 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,7 @@ def diagnose(suspect: Suspect, others: Sequence[Candidate], reader: Reader) -> s
     if not bool(torch.isfinite(suspect.stored).all()):
         return "it holds values that are not finite"
     tests: list[Hypothesis] = [_no_token_rows, _few_elements, _no_change, lambda s: _swapped(s, others, reader)]
-    tests += [lambda s: _no_magnitude(s, reader), _scaled, _transposed, _foreign]
+    tests += [lambda s: _no_magnitude(s, reader), _other_rounding, _scaled, _transposed, _foreign]
     for test in tests:
         told = test(suspect)
         if told:
@@ -136,6 +139,20 @@ def _no_magnitude(suspect: Suspect, reader: Reader) -> str:
     return "it holds W + B·A: the magnitudes of DoRA were ignored" if suspect.is_(values) else ""
 
 
+def _other_rounding(suspect: Suspect) -> str:
+    """Tell values beside the right ones that are the nearest, or that another seed has drawn: neither has a bias."""
+    if suspect.bad or suspect.is_encoded or suspect.dtype == "F32":
+        return ""
+    is_drawn = suspect.expected.recipe.draw is not None
+    if is_drawn and float((suspect.stored != nearest(suspect.exact, suspect.dtype)).double().mean()) < _FEW:
+        return "base + adapter is there, rounded to nearest"
+    error, variance = suspect.stored - suspect.exact, drawn_variance(suspect.exact, suspect.dtype)
+    is_biased = abs(float((error * suspect.change).sum())) > _SIGMAS * _chance(suspect)
+    if is_biased or abs(float(error.square().sum()) / (float(variance.sum()) or 1.0) - 1) > _SPREAD:
+        return ""
+    return "base + adapter is there, rounded by chance: give --rounding stochastic, and the --seed of the merge"
+
+
 def _scaled(suspect: Suspect) -> str:
     """Fit S - W = c·Δ by least squares, and name what makes such a factor."""
     length = float(suspect.change.square().sum())
@@ -146,10 +163,24 @@ def _scaled(suspect: Suspect) -> str:
     cosine = factor * math.sqrt(length) / moved if moved else 0.0
     if abs(factor - 1) < _NEAR_ONE:
         return "the change is there, but imprecise: computed or stored in fewer bits?"
-    noisy = suspect.is_encoded and abs(factor) < 4
+    noisy = abs(factor) < 4 if suspect.is_encoded else _is_rounding_of(suspect, factor)
     if abs(cosine) < _ALIKE and not noisy:
         return ""
-    return f"the change is there {factor:.3g} times{_name_of(factor, suspect.edits, 0.25 if noisy else 0.02)}"
+    tolerance = _LOOSE if suspect.is_encoded else min(_LOOSE, max(_TIGHT, _SIGMAS * _chance(suspect) / length))
+    return f"the change is there {factor:.3g} times{_name_of(factor, suspect.edits, tolerance)}"
+
+
+def _is_rounding_of(suspect: Suspect, factor: float) -> bool:
+    """Whether what is stored is off base + factor · change by no more than rounding by chance makes it."""
+    rest = suspect.moved - factor * suspect.change
+    variance = drawn_variance(suspect.base + factor * suspect.change, suspect.dtype)
+    return float(rest.square().sum()) <= (1 + _SPREAD) * float(variance.sum())
+
+
+def _chance(suspect: Suspect) -> float:
+    """Return the deviation that rounding by chance gives to the stored values along the change."""
+    variance = drawn_variance(suspect.exact, suspect.dtype)
+    return math.sqrt(float((variance * suspect.change.square()).sum()))
 
 
 def _name_of(factor: float, edits: Sequence[Edit], tolerance: float) -> str:

@@ -2,9 +2,9 @@
 
 Shape letters: N = rows of the tensor, n = rows at hand, C = columns, R = rank.
 
-This is a second implementation on purpose. It shares with the first the decoders of stored weights, the decomposition
-of PiSSA and OLoRA (by definition what PEFT's float32 routine gives), and, for tuners that PEFT's own layer merges, that
-layer's float32 result: there is no formula of them here either.
+This is a second implementation on purpose. It shares with the first the decoders of stored weights, the random bits of
+stochastic rounding, the decomposition of PiSSA and OLoRA (by definition what PEFT's float32 routine gives), and, for
+tuners that PEFT's own layer merges, that layer's float32 result: there is no formula of them here either.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,9 +40,10 @@ from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.factors import decompose
+from loraweld.compute.random_bits import RandomBits
 from loraweld.compute.tensors import read_flat
 from loraweld.planning.merge_plan import Recipe
-from loraweld.verification.numbers import nearest, quanta
+from loraweld.verification.numbers import drawn, nearest, quanta
 
 BLOCK_ELEMENTS = 1 << 18
 # float32 sums of R products differ from the exact one by less than this share of sqrt(R) times the two norms.
@@ -86,6 +88,7 @@ class Expected:
         self._base_rows = recipe.source.rows
         self._read = open_decoder(recipe.source, reader).rows(0, recipe.source.rows).read
         self.steps = [_step(edit, recipe.source, reader) for edit in recipe.edits]
+        self._random = RandomBits(recipe.draw) if recipe.draw is not None else None
 
     def base(self, top: int, bottom: int) -> Tensor:
         """Return stored rows [top, bottom), 0 where the base has none."""
@@ -101,6 +104,14 @@ class Expected:
         for step in self.steps:
             values = step.apply(values, base, top)
         return Block(top, base, values, _largest(values, base) * _FLOAT32 + noise)
+
+    def rounded(self, block: Block, dtype: str) -> Tensor:
+        """Return the exact values of a block in `dtype`: the nearest, or what the recipe's draw makes of them."""
+        if self._random is None or dtype not in ("BF16", "F16"):
+            return nearest(block.exact, dtype)
+        first = block.top * self.cols
+        random = self._random.at(np.arange(first, first + block.exact.numel()))
+        return drawn(block.exact, dtype, torch.from_numpy(random.astype(np.int32)).view_as(block.exact))
 
     def rounded_often(self, top: int, bottom: int, dtype: str, *, changes: bool) -> Block:
         """Return rows as PEFT makes them: rounded to `dtype` after each edit and, with `changes`, each change before.

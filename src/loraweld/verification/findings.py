@@ -44,8 +44,8 @@ class TensorResult:
     """One tensor that was compared with float64.
 
     `steps`: the largest distance in units of the last place of the stored dtype. `misrounded`: share of elements that
-    are not the correctly rounded value. `rounded`: "once", "twice" (the change first), "after each adapter", "float32",
-    "encoded", "wrong". `relative_error`: ‖stored - exact‖ / ‖exact‖.
+    are not the correctly rounded value. `rounded`: "once", "stochastically" (by the seed of the merge), "twice" (the
+    change first), "after each adapter", "float32", "encoded", "wrong". `relative_error`: ‖stored - exact‖ / ‖exact‖.
     """
 
     tensor: str
@@ -135,19 +135,26 @@ def lost_change_warnings(tensors: Sequence[TensorResult]) -> list[str]:
         one for one in tensors if one.retention is not None and one.retention.error > _LITTLE and one not in lost
     ]
     return [
-        *_warning(lost, "less than half of the adapter's change is in"),
-        *_warning(blurred, "rounding is more than half as large as the adapter's change in"),
+        *_warning(
+            lost,
+            "less than half of the adapter's change is in",
+            "keep it in the mean (--rounding stochastic --seed N), write float32 (--dtype float32)",
+        ),
+        *_warning(
+            blurred,
+            "rounding is more than half as large as the adapter's change in",
+            "write float32 (--dtype float32)",
+        ),
     ]
 
 
-def _warning(tensors: Sequence[TensorResult], what: str) -> list[str]:
+def _warning(tensors: Sequence[TensorResult], what: str, cure_of_plain: str) -> list[str]:
     if not tensors:
         return []
     worst = max(tensors, key=lambda one: one.retention.error if one.retention else 0.0)
-    if any(one.rounded == "encoded" for one in tensors):
-        cure = "save in 16 bit (--save-method merged_16bit), or in an encoding of more bits"
-    else:
-        cure = "write float32 (--dtype float32), or merge with a larger --scale"
+    is_encoded = any(one.rounded == "encoded" for one in tensors)
+    cure = "save in 16 bit (--save-method merged_16bit), in an encoding of more bits" if is_encoded else cure_of_plain
+    cure += ", or merge with a larger --scale"
     return [f"WARNING: {what} {len(tensors)} weights, {worst.tensor} the worst, because their steps are larger: {cure}"]
 
 

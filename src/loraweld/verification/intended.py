@@ -18,7 +18,7 @@ from loraweld.planning.build import build_plan
 from loraweld.planning.facts import Facts, gather_facts
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, Recipe
 from loraweld.record import file_sha256
-from loraweld.request import MergeRequest, PathLike, make_request
+from loraweld.request import NEAREST, MergeRequest, PathLike, make_request
 from loraweld.verification.findings import Finding
 from loraweld.verification.opened import Opened
 
@@ -73,7 +73,7 @@ def intend(
         output=opened.folder,
         base=base if base is not None else _recorded_base(record),
         dtype=_dtype(opened, record),
-        **{**_combination(record), **options},
+        **{**_combination(record), **_rounding(record, options), **options},
     )
     facts = gather_facts(request)
     return planned(request, facts), _unlike_record(facts, record)
@@ -112,6 +112,14 @@ def _combination(record: Mapping[str, Any]) -> dict[str, Any]:
     found = record.get("combination") or {}
     options = {name: found[name] for name in _OPTIONS if name in found}
     return options | ({"combine": found["method"]} if found.get("method") else {})
+
+
+def _rounding(record: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded rounding, unless another is asked for."""
+    found = record.get("rounding")
+    if not isinstance(found, Mapping) or "rounding" in options:
+        return {}
+    return {"rounding": found.get("method", NEAREST), "seed": found.get("seed")}
 
 
 def _unlike_record(facts: Facts, record: Mapping[str, Any]) -> list[Finding]:

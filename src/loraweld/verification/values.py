@@ -63,18 +63,19 @@ class Sums:
         self.asked += int(asked.sum())
         self.lost += int((asked & (moved == 0)).sum())
 
-    def add_steps(self, stored: Tensor, exact: Tensor, noise: Tensor, dtype: str, top: int) -> None:
-        """Count the distances from the exact values, in steps of `dtype`."""
+    def add_steps(self, stored: Tensor, block: Block, rounded: Tensor, dtype: str) -> None:
+        """Count the distances from the exact values of a block, in steps of `dtype`; `rounded` are its values there."""
+        exact, noise = block.exact, block.noise
         step = quanta(exact, dtype)
         error = (stored - exact).abs_()
-        self.misrounded += int((stored != nearest(exact, dtype)).sum())
+        self.misrounded += int((stored != rounded).sum())
         bad = ~(error <= step + noise)
         # What float32 may be off by does not count as a distance.
         self.steps = max(self.steps, float(((error - noise).clamp_(min=0) / step).nan_to_num_(math.inf).max()))
         count = int(bad.sum())
         if count:
             self.bad += count
-            self.bad_rows += (bad.any(1).nonzero().flatten()[:_SUSPECT_ROWS] + top).tolist()
+            self.bad_rows += (bad.any(1).nonzero().flatten()[:_SUSPECT_ROWS] + block.top).tolist()
 
     @property
     def share(self) -> float:
@@ -144,7 +145,7 @@ class Checker:
             if encoded:
                 self._add_encoded(sums, block, values, stored)
             else:
-                sums.add_steps(values, block.exact, block.noise, stored.dtype, top)
+                sums.add_steps(values, block, expected.rounded(block, stored.dtype), stored.dtype)
         if encoded:
             rounded, problem = "encoded", self._encoded_problem(sums, recipe, stored)
         else:
@@ -169,18 +170,22 @@ class Checker:
         self, sums: Sums, expected: Expected, stored: Source, read: Callable[[int, int], Tensor]
     ) -> tuple[str, str]:
         """How a plain tensor was rounded, and what is wrong with it."""
-        dtype = stored.dtype
+        dtype, recipe = stored.dtype, expected.recipe
         few = sums.misrounded <= max(3, _MISROUNDED * sums.elements)
         if not sums.bad:
             if dtype == "F32":
                 return "float32", ""
-            if few or _is_approximate(expected.recipe):
-                return "once", ""
-        often = self._rounded_often(expected, dtype, read) if expected.recipe.edits and dtype != "F32" else ""
+            if few or _is_approximate(recipe):
+                return "once" if recipe.draw is None else "stochastically", ""
+        may_be_often = recipe.edits and recipe.draw is None and dtype != "F32"
+        often = self._rounded_often(expected, dtype, read) if may_be_often else ""
         if often:
             return often, ""
         what = f"{sums.bad} of {sums.elements} elements are over 1 ulp from float64, the farthest {sums.steps:.4g} ulp"
-        return "wrong", what if sums.bad else f"{sums.share:.2%} of the elements are not the nearest {dtype} value"
+        value = (
+            f"the nearest {dtype} value" if recipe.draw is None else f"what seed {recipe.draw.seed} rounds to {dtype}"
+        )
+        return "wrong", what if sums.bad else f"{sums.share:.2%} of the elements are not {value}"
 
     def _rounded_often(self, expected: Expected, dtype: str, read: Callable[[int, int], Tensor]) -> str:
         """Name how PEFT has rounded the tensor more than once, "" if it is not so."""
@@ -190,7 +195,7 @@ class Checker:
             for top, bottom in strips(expected.rows, expected.cols, self.sample):
                 block = expected.rounded_often(top, bottom, dtype, changes=changes)
                 sums.elements += block.exact.numel()
-                sums.add_steps(read(top, bottom), block.exact, block.noise, dtype, top)
+                sums.add_steps(read(top, bottom), block, nearest(block.exact, dtype), dtype)
             if not sums.bad and sums.misrounded <= max(3, _MISROUNDED_OFTEN * sums.elements):
                 return name
         return ""
