@@ -30,6 +30,7 @@ _OPTIONS = ("weights", "density", "seed", "svd_rank", "majority_sign_method")
 class Intended:
     """Recipes by the names of the base; `facts` keep what they read from."""
 
+    request: MergeRequest
     facts: Facts
     recipes: Mapping[str, Recipe]
     config: Mapping[str, Any]
@@ -85,6 +86,7 @@ def planned(request: MergeRequest, facts: Facts, *, dtype: str | None = None) ->
     plain = replace(request, save_method="merged_16bit", dtype=name, hub=None, keeps_output=True)
     plan = build_plan(plain, facts)
     return Intended(
+        request=request,
         facts=facts,
         recipes={recipe.name: recipe for recipe in plan.recipes},
         config=_config(plan, facts.base),
