@@ -40,8 +40,8 @@ class MergeRequest:
 
     `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
     the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
-    `keeps_output` the output is then only the name beside which files are staged. `combination`: how the adapters act
-    together, and how strongly.
+    `keeps_output` the output is then only the name beside which files are staged. `reads_only`: the output is there and
+    looked at, nothing is written. `combination`: how the adapters act together, and how strongly.
     """
 
     adapters: tuple[Path, ...]
@@ -71,6 +71,7 @@ class MergeRequest:
     token: str | bool | None = field(default=None, repr=False)
     hub: HubTarget | None = None
     keeps_output: bool = True
+    reads_only: bool = False
     verify: bool = False
 
     @property

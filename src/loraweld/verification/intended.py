@@ -76,6 +76,7 @@ def intend(
         dtype=_dtype(opened, record),
         **{**_combination(record), **options},
     )
+    request = replace(request, reads_only=True)  # axolotl, for one, puts the model into the adapter's folder
     facts = gather_facts(request)
     return planned(request, facts), _unlike_record(facts, record)
 
