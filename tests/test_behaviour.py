@@ -24,6 +24,7 @@ from fakes import llama_shapes, random_factors, random_tensors, save_base, write
 from loraweld.cli import main
 from loraweld.errors import RequestError
 from loraweld.verification import behaviour, prompts
+from loraweld.verification.findings import VerifyReport
 from models import MODELS
 
 HIDDEN, VOCAB = 64, 96  # rows of whole blocks: bitsandbytes decodes others wrongly on a CPU
@@ -74,7 +75,7 @@ class Place:
         loraweld.merge(given, output=self.folder / output, overwrite=True, **options)
         return self.folder / output
 
-    def verify(self, output: Path, *adapters: str, **options: Any) -> loraweld.VerifyReport:
+    def verify(self, output: Path, *adapters: str, **options: Any) -> VerifyReport:
         given = [self.adapter(name) for name in adapters or ("adapter",)]
         return loraweld.verify(output, **{"base": self.base, "adapter": given, "behaviour": self.prompts, **options})
 
@@ -104,7 +105,7 @@ def magnitudes() -> dict[str, torch.Tensor]:
     }
 
 
-def behaviour_findings(report: loraweld.VerifyReport) -> list[str]:
+def behaviour_findings(report: VerifyReport) -> list[str]:
     return [finding.message for finding in report.findings if finding.check == "behaviour"]
 
 
