@@ -192,6 +192,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("my-adapter", "A", "B", "lora_model", "outputs/lora-out")):
         write_adapter(folder / name, random_factors(shapes, rank=4, seed=seed), base_model_name_or_path="my-base", r=4)
     loraweld.merge(folder / "my-adapter", base=folder / "my-base", output=folder / "my-model")
+    loraweld.merge(folder / "outputs/lora-out", base=folder / "my-base", output=folder / "merged")
+    (folder / "merged").rename(folder / "outputs/lora-out/merged")  # where axolotl puts it
+    (folder / "prompts.txt").write_text("word3 and 17 more\nword5 and 4 more and word1\n")
     return folder
 
 

@@ -20,6 +20,7 @@ WITHOUT_TORCH = (
     *("checkpoint", "adapter", "combine", "naming", "planning", "sinks", "export"),
     *(f"extraction/{name}.py" for name in ("request", "pairs", "aside", "adapter", "report")),
     *(f"page/{name}.py" for name in ("changes", "facts", "charts", "render", "report_page")),
+    *(f"verification/{name}.py" for name in ("agreement", "prompts")),
     *("gguf_types.py", "request.py", "report.py", "record.py", "inspection.py", "progress.py", "api.py", "cli.py"),
 )
 WITH_TORCH = {

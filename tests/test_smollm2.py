@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,24 @@ def test_sixteen_bit_from_the_four_bit_checkpoint_is_what_was_trained(trained: T
             assert (found - expected).abs().max() < 1e-3  # logits are of order 20, over 30 layers in float32
             assert divergence(expected, found) < 1e-7
             assert divergence(expected, merged(tokens).logits) < 0.05
+
+
+def test_the_behaviour_of_a_real_model_tells_a_merge_from_its_base(trained: Trained, tmp_path: Path) -> None:
+    """16 bit and 4 bit hold, the base in the model's place does not; codes of 4 bit are further away."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join((FACT, *TEXTS)).replace("    ", ""))
+    inputs = {"base": trained.base, "adapter": trained.adapter, "behaviour": prompts}
+    found = {}
+    for method in ("merged_16bit", "merged_4bit"):
+        loraweld.merge(trained.adapter, output=tmp_path / method, base=trained.base, save_method=method)
+        report = loraweld.verify(tmp_path / method, **inputs, sample=0.01)
+        assert report.holds and report.behaviour is not None
+        found[method] = report.behaviour.total
+    assert found["merged_16bit"].kl_mean < 0.01 * found["merged_16bit"].adapter_kl_mean
+    assert found["merged_16bit"].kl_mean < found["merged_4bit"].kl_mean < found["merged_4bit"].base_kl_mean
+    copy = shutil.copytree(trained.base, tmp_path / "copy")
+    wrong = loraweld.verify(copy, **inputs, sample=0.01)
+    assert "behaviour" in {finding.check for finding in wrong.findings}
 
 
 def test_four_bit_loads_in_bitsandbytes_and_generates(trained: Trained, tmp_path: Path) -> None:

@@ -439,6 +439,16 @@ def test_a_tie_that_peft_keeps_wrongly_is_found(tmp_path: Path) -> None:
     assert "one side of the tie" in found["missing"].message
 
 
+def test_a_model_may_lie_in_its_inputs(tmp_path: Path) -> None:
+    """axolotl merges into the adapter's folder; the base in the model's place has no change."""
+    PLAIN.make(tmp_path)
+    inputs = {"base": tmp_path / "base", "adapter": tmp_path / "adapter"}
+    inside = (tmp_path / "out").rename(tmp_path / "adapter" / "merged")
+    assert loraweld.verify(inside, **inputs).holds
+    found = loraweld.verify(tmp_path / "base", **inputs).findings
+    assert {finding.where for finding in found} == {f"{module}.weight" for module in MODULES}
+
+
 def test_a_defect_does_not_hide_behind_two_roundings(tmp_path: Path) -> None:
     """One element of a model that was rounded twice is found."""
     PLAIN.make(tmp_path)

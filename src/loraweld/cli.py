@@ -126,7 +126,12 @@ def _verify(arguments: argparse.Namespace) -> None:
     )
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     report = verify(
-        arguments.output, base=arguments.base, adapter=arguments.adapter, sample=arguments.sample, **options
+        arguments.output,
+        base=arguments.base,
+        adapter=arguments.adapter,
+        sample=arguments.sample,
+        behaviour=arguments.behaviour,
+        **options,
     )
     print(json.dumps(report.to_json(), indent=2) if arguments.json else printable("\n".join(report.lines())))
     if not report.holds:
@@ -239,6 +244,11 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add("--adapter", nargs="+", default=[], metavar="ADAPTER", help="what was merged, in order: folders or Hub ids")
     add("--sample", type=float, default=1.0, metavar="F", help="share of the rows to check (default: 1, all of them)")
+    add(
+        "--behaviour",
+        metavar="PROMPTS",
+        help="text file, one prompt a line: run base + adapter and the model on them too, and compare their logits",
+    )
     add("--merge-base", metavar="WHICH", help="as given to merge (default: as-given)")
     add("--expert-layout", metavar="NAME", help="as given to merge (default: auto)")
     add("--tokenizer", metavar="PATH", help="as given to merge (default: the adapter's, else the base's)")

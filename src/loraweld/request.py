@@ -44,6 +44,8 @@ class MergeRequest:
     the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
     `keeps_output` the output is then only the name beside which files are staged. `combination`: how the adapters act
     together, and how strongly. `rounding_seed`: of stochastic rounding, None rounds to nearest.
+    `keeps_output` the output is then only the name beside which files are staged. `reads_only`: the output is there and
+    looked at, nothing is written. `combination`: how the adapters act together, and how strongly.
     """
 
     adapters: tuple[Path, ...]
@@ -73,6 +75,7 @@ class MergeRequest:
     token: str | bool | None = field(default=None, repr=False)
     hub: HubTarget | None = None
     keeps_output: bool = True
+    reads_only: bool = False
     verify: bool = False
     rounding_seed: int | None = None
 

@@ -25,12 +25,13 @@ from loraweld.checkpoint.stored import MemoryFile
 from loraweld.delivery import deliver
 from loraweld.errors import OutputError, RequestError, listing
 from loraweld.export.pipeline import completion
+from loraweld.free_memory import free_memory_bytes
 from loraweld.hub.card import CardFacts
 from loraweld.hub.repository import Repository
 from loraweld.hub.upload import Pushed
 from loraweld.live.adapters import LiveAdapters, as_in_memory, find_adapters, save_adapter
 from loraweld.live.layout import as_pickles, with_variant
-from loraweld.live.machine import free_memory_bytes, workspace
+from loraweld.live.machine import workspace
 from loraweld.live.memory import tensors_as_file
 from loraweld.live.parameters import SaveOptions
 from loraweld.live.quantised import is_decoded, repacked_rows, zeros_from_zero

@@ -16,7 +16,7 @@ def check_output(request: MergeRequest, inputs: Iterable[Path]) -> None:
         RequestError: it is, holds, or lies in an input, by any path or link.
         OutputError: it is a file.
     """
-    if request.streams_to_hub:
+    if request.streams_to_hub or request.reads_only:
         return  # nothing is written there
     check_place(request.output, [*inputs, *([request.tokenizer] if request.tokenizer else [])])
     if request.tokenizer and not request.tokenizer.is_dir():

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loraweld.verification.agreement import Behaviour
+
 _SHOWN = 20
 _LITTLE = 0.5
 
@@ -61,7 +63,10 @@ class TensorResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """The outcome of `loraweld.verify`. `equal` counts the tensors whose bytes are the base's; time in seconds."""
+    """The outcome of `loraweld.verify`. `equal` counts the tensors whose bytes are the base's; time in seconds.
+
+    `behaviour` is None if nothing was run, or the output could not be.
+    """
 
     output: Path
     base: str
@@ -72,6 +77,7 @@ class VerifyReport:
     tensors: tuple[TensorResult, ...]
     equal: int
     seconds: float
+    behaviour: Behaviour | None = None
 
     @property
     def holds(self) -> bool:
@@ -107,6 +113,7 @@ class VerifyReport:
             "equal": self.equal,
             "retention": self.retention,
             "tensors": [_finite(asdict(result)) for result in self.tensors],
+            "behaviour": _finite(self.behaviour.to_json()) if self.behaviour else None,
             "seconds": round(self.seconds, 3),
         }
 
@@ -125,6 +132,7 @@ class VerifyReport:
             *_rounding_lines(self.tensors),
             *_retention_lines(self.retention),
             *(f"note: {note}" for note in self.notes),
+            *(self.behaviour.lines() if self.behaviour else ()),
         ]
 
 
@@ -193,4 +201,6 @@ def _median(values: Sequence[float]) -> float:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

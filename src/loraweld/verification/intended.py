@@ -30,6 +30,7 @@ _OPTIONS = ("weights", "density", "seed", "svd_rank", "majority_sign_method")
 class Intended:
     """Recipes by the names of the base; `facts` keep what they read from."""
 
+    request: MergeRequest
     facts: Facts
     recipes: Mapping[str, Recipe]
     config: Mapping[str, Any]
@@ -75,6 +76,7 @@ def intend(
         dtype=_dtype(opened, record),
         **{**_combination(record), **_rounding(record, options), **options},
     )
+    request = replace(request, reads_only=True)  # axolotl, for one, puts the model into the adapter's folder
     facts = gather_facts(request)
     return planned(request, facts), _unlike_record(facts, record)
 
@@ -85,6 +87,7 @@ def planned(request: MergeRequest, facts: Facts, *, dtype: str | None = None) ->
     plain = replace(request, save_method="merged_16bit", dtype=name, hub=None, keeps_output=True)
     plan = build_plan(plain, facts)
     return Intended(
+        request=request,
         facts=facts,
         recipes={recipe.name: recipe for recipe in plan.recipes},
         config=_config(plan, facts.base),

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from loraweld.naming.names import Names
 from loraweld.naming.tied import known_ties
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import PathLike
+from loraweld.verification.behaviour import Trial, check_packages, prepare_trial, run_trial
 from loraweld.verification.consistency import consistency
 from loraweld.verification.diagnosis import Candidate
 from loraweld.verification.findings import Finding, TensorResult, VerifyReport, lost_change_warnings
 from loraweld.verification.intended import Intended, intend, read_record
 from loraweld.verification.opened import Opened, open_output
+from loraweld.verification.prompts import read_prompts
 from loraweld.verification.values import Checker
 
 Progress = Callable[[int], None]
@@ -37,6 +40,7 @@ def verify(
     base: PathLike | None = None,
     adapter: PathLike | Sequence[PathLike] = (),
     sample: float = 1.0,
+    behaviour: PathLike | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> VerifyReport:
@@ -48,16 +52,19 @@ def verify(
             adapter's config names.
         adapter: the adapter that was merged, or several, in order.
         sample: share of the rows of each tensor to look at, more than 0, at most 1; always the same ones.
+        behaviour: a text file with one prompt a line: base + adapter and the model are run on them too, in float32 on
+            the CPU, by PEFT and transformers (`pip install 'loraweld[peft]'`), and their logits compared.
         progress: called with the number of bytes that were compared.
         options: how the adapters were merged, where that is not in loraweld.json: `weights`, `scale`, `combine`,
             `merge_base`, `expert_layout`, `tokenizer`, … as for `merge`.
 
     Raises:
-        LoraweldError: there is no model, or base and adapter do not fit each other. What is wrong with the output
-            itself is in the report.
+        LoraweldError: there is no model, base and adapter do not fit each other, or cannot be run. What is wrong with
+            the output itself is in the report.
     """
     started = time.monotonic()
     check_sample(sample)
+    prompts = _prompts(behaviour)
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     opened = open_output(Path(output))
     record = read_record(opened.folder)
@@ -66,7 +73,22 @@ def verify(
     except OSError as error:
         raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
     opened.findings += findings
-    return verify_opened(opened, intended, sample=sample, progress=progress, started=started)
+    trial = prepare_trial(opened, intended, prompts) if prompts else None
+    report = verify_opened(opened, intended, sample=sample, progress=progress, started=started)
+    return _tried(report, trial, started) if trial else report
+
+
+def _prompts(path: PathLike | None) -> list[str]:
+    if path is None:
+        return []
+    check_packages()
+    return read_prompts(Path(path))
+
+
+def _tried(report: VerifyReport, trial: Trial, started: float) -> VerifyReport:
+    found, wrong = run_trial(trial)
+    seconds = time.monotonic() - started
+    return replace(report, behaviour=found, findings=(*report.findings, *wrong), seconds=seconds)
 
 
 def check_sample(sample: float) -> None:
