@@ -19,7 +19,8 @@ from torch import Tensor
 import loraweld
 from fakes import load_folder, save_base
 from handmade import MODULES, SHAPES, llama_config, llama_tensors, loras, save_adapter, save_llama
-from loraweld.page.changes import TensorChange, cells, kind_of, places
+from loraweld.naming.places import kind_of, places
+from loraweld.page.changes import MEASURES, TensorChange, cells
 from loraweld.page.facts import gather_page_facts
 from loraweld.page.render import render
 
@@ -215,8 +216,8 @@ def test_what_has_no_number_says_why(place: Path) -> None:
     report = loraweld.report_page("new", base="old", output="page.html")
     notes = {change.tensor: change.note for change in report.changes if change.relative_change is None}
     assert notes == {
-        "lm_head.weight": "40 × 16 in the base",
-        "model.layers.0.empty.weight": "zero in the base",
+        "lm_head.weight": "shape 40 × 16 and 44 × 16",
+        "model.layers.0.empty.weight": "was zero",
         "model.new.weight": "not in the base",
     }
     assert "no loraweld.json" in Page(report.page.read_text()).text
@@ -293,8 +294,8 @@ def test_places_of_tensors() -> None:
         TensorChange(tensor=f"l.0.e.{i}.w", layer=0, module=f"e.{i}.w", shape=(1,), relative_change=i / 4)
         for i in range(4)
     ]
-    (cell,) = cells(experts)
-    assert (cell.tensor, cell.largest, cell.num_tensors) == ("l.0.e.3.w", 0.75, 4)
+    (cell,) = cells(experts, MEASURES[0])
+    assert (cell.change.tensor, cell.value, cell.num_tensors) == ("l.0.e.3.w", 0.75, 4)
 
 
 def run(*arguments: str, code: str = "from loraweld.cli import main; main()") -> subprocess.CompletedProcess[str]:
