@@ -46,7 +46,8 @@ class PageFacts:
 
     `record` is loraweld.json, empty if the folder has none. `model` is None where the output holds no weights that are
     read (GGUF files); `base` is None where it was not found or cannot be compared, and `reason` says why nothing is;
-    `base_folder` is where it was found, `against` what the page calls it. `adapters` are the folders of those that were merged, where they were found.
+    `base_folder` is where it was found, `against` what the page calls it. `adapters` are the folders of those that
+    were merged, where they were found.
     """
 
     heading: str
