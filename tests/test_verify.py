@@ -390,6 +390,26 @@ def test_an_encoded_base_preserved_or_decoded_holds(method: str, tmp_path: Path)
         assert report.findings == ()
 
 
+DORAS = ("lora-then-dora", "dora-then-lora", "dora-then-dora")
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("case", named(*DORAS), ids=lambda case: case.name)
+def test_what_peft_merges_with_dora_among_others_holds(case: AdapterCase, safe_merge: bool, tmp_path: Path) -> None:
+    """Before a DoRA it takes the earlier adapters off the weight, and puts them back on, rounding each time."""
+    model = next(model for model, _ in pairs("linears") if model.name == "llama")
+    base, adapters = peft_adapter(model, case, tmp_path)
+    merged = case.unmerged(model, base, adapters).merge_and_unload(safe_merge=safe_merge)
+    merged.save_pretrained(tmp_path / "out")
+    report = loraweld.verify(tmp_path / "out", base=base, adapter=adapters)
+    assert report.findings == ()
+    assert report.notes
+    assert {one.rounded for one in report.tensors} <= {"once", "twice", "after each adapter"}
+    corrupt_element(tmp_path)
+    found = loraweld.verify(tmp_path / "out", base=base, adapter=adapters).findings
+    assert [finding.where for finding in found] == [DOWN]
+
+
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("case", named("linears", "rslora", "dora", "save-norm", "two"), ids=lambda case: case.name)
 def test_what_peft_merges_holds(case: AdapterCase, safe_merge: bool, tmp_path: Path) -> None:
