@@ -378,6 +378,30 @@ def test_warnings_stand_before_notes_with_what_to_do(place: Path) -> None:
     assert "WARNING" not in text
 
 
+def test_what_changed_outside_the_layers_alone_has_no_cell(place: Path) -> None:
+    """The embedding has numbers that no layer has: they are in the table, the map has those of the layers."""
+    shutil.rmtree("adapter")
+    save_adapter(Path("adapter"), loras("model.embed_tokens"), base_model_name_or_path="base")
+    loraweld.merge("adapter", output="embedding")
+    report = loraweld.report_page("embedding", output="page.html")
+    assert report.proof is not None and report.proof.holds
+    rows = table(Page(report.page.read_text()))
+    assert {name for name, row in rows.items() if row["Kept"] != "–"} == {"model.embed_tokens.weight"}
+    kept = next(measure for measure in MEASURES if measure.key == "kept")
+    assert cells(report.changes, kept) == [] and len(cells(report.changes, MEASURES[0])) > 0
+
+
+def test_another_tools_model_needs_no_record(place: Path) -> None:
+    """With base and adapter named, all is known that a record would not add."""
+    Path("out/loraweld.json").unlink()
+    report = loraweld.report_page("out", base="base", adapter="adapter", output="page.html")
+    assert report.proof is not None and report.proof.holds
+    page = Page(report.page.read_text())
+    assert "The model is base + adapter" in page.text and "not known" not in page.text
+    bare = Page(loraweld.report_page("out", base="base", output="page.html", overwrite=True).page.read_text())
+    assert "no loraweld.json" in bare.text and "--adapter" in bare.text
+
+
 # The run
 
 

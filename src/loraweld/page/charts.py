@@ -53,6 +53,7 @@ def _map(
 ) -> go.Heatmap:
     by_place = {(cell.layer, cell.kind): cell for cell in found}
     rows = [[by_place.get((layer, kind)) for kind in kinds] for layer in layers]
+    values = [cell.value for cell in found]
     return go.Heatmap(
         meta=measure.key,
         z=[[cell.value if cell else None for cell in row] for row in rows],
@@ -62,8 +63,8 @@ def _map(
         hovertemplate="%{customdata}<extra></extra>",
         hoverongaps=False,
         colorscale=_SCALE,
-        zmin=min(0.0, *(cell.value for cell in found), 0.0),
-        zmax=max([cell.value for cell in found] if measure.top is None else [measure.top]),
+        zmin=min([0.0, *values]),
+        zmax=measure.top or max(values, default=0.0) or 1.0,
         xgap=1,
         ygap=1,
         colorbar={

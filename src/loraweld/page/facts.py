@@ -45,9 +45,8 @@ class PageFacts:
     """Everything that the page shows, but for the numbers of the tensors.
 
     `record` is loraweld.json, empty if the folder has none. `model` is None where the output holds no weights that are
-    read (GGUF files); `base` is None where it was not found or cannot be compared, and `reason` says why nothing is;
-    `base_folder` is where it was found, `against` what the page calls it. `adapters` are the folders of those that
-    were merged, where they were found.
+    read (GGUF files). `found` is the base where it was found, `base` the same unless it cannot be compared as it is;
+    `reason` says why nothing is. `adapters` are the folders of those that were merged, where they were found.
     """
 
     heading: str
@@ -57,9 +56,9 @@ class PageFacts:
     base: Base | None
     reason: str
     warnings: tuple[str, ...] = ()
-    base_folder: Path | None = None
+    found: Base | None = None
     adapters: tuple[Path, ...] = ()
-    against: str = "the base"
+    is_comparison: bool = False
 
 
 def gather_page_facts(output: str, *, base: str | None, token: str | bool | None = None) -> PageFacts:
@@ -84,7 +83,7 @@ def gather_page_facts(output: str, *, base: str | None, token: str | bool | None
         base=None if reason else found,
         reason=reason,
         warnings=warnings,
-        base_folder=found.folder if found is not None else None,
+        found=found,
         adapters=_find_adapters(folder, record),
     )
 
@@ -98,14 +97,25 @@ def gather_compared(first: str, second: str) -> PageFacts:
     base, (folder, record, model) = _open(first, None)[2], _open(second, None)
     missing = next((name for name, side in ((first, base), (second, model)) if side is None), None)
     return PageFacts(
-        heading=f"{second} compared with {first}",
+        heading=f"{_shown(second)} compared with {_shown(first)}",
         record=record,
         files=tuple(_files(folder)),
         model=model,
         base=base,
         reason="" if missing is None else f"{missing} holds no weights that are read here.",
-        against="the first model",
+        is_comparison=True,
     )
+
+
+def _shown(name: str) -> str:
+    """A local folder by its last part, since pages are sent around."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else name
+
+
+def base_name(base: Base) -> str:
+    """Return what a page calls a base."""
+    return _shown(base.label)
 
 
 def _open(name: str, token: str | bool | None) -> tuple[Path, Mapping[str, Any], Base | None]:

@@ -47,14 +47,14 @@ def prove(facts: PageFacts, given: Given, progress: Progress) -> Proof:
     if facts.model is None:
         return Proof(reason=facts.reason)
     if given.adapters:
-        base = given.base if given.base is not None else facts.base_folder
-        return _proof(facts, replace(given, base=base), progress)
+        found = facts.found.folder if facts.found is not None else None
+        return _proof(facts, replace(given, base=found if given.base is None else given.base), progress)
     if not facts.adapters:
         return Proof(reason="The adapters that were merged were not found; give them with --adapter.")
-    if facts.base_folder is None:
+    if facts.found is None:
         return Proof(reason=facts.reason)
     try:
-        return _proof(facts, replace(given, base=facts.base_folder, adapters=facts.adapters), progress)
+        return _proof(facts, replace(given, base=facts.found.folder, adapters=facts.adapters), progress)
     except LoraweldError as error:
         return Proof(reason=f"The merge could not be planned again: {error}")
 

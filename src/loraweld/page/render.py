@@ -6,14 +6,12 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from loraweld._version import __version__
-from loraweld.checkpoint.base import Base
 from loraweld.errors import RequestError
 from loraweld.page.changes import TensorChange, in_order, measures
-from loraweld.page.facts import PageFacts
+from loraweld.page.facts import PageFacts, base_name
 from loraweld.page.proof import Proof
 from loraweld.page.run_file import Run
 from loraweld.report import human_bytes
@@ -59,16 +57,17 @@ def render(
         version=__version__,
         summary=list(_summary(facts)),
         has_record=bool(facts.record),
+        is_of_unknown_origin=not (facts.record or report or facts.is_comparison),
         adapters=list(_adapters(facts.record)),
         acted=list(_acted(facts.record)),
         plan=list(_plan(facts)),
         run=list(_run(run)) if run else [],
         files=facts.files,
         total=sum(file.num_bytes for file in facts.files),
-        against=facts.against,
+        against="the first model" if facts.is_comparison else "the base",
         reason=facts.reason,
         unproven=proof.reason if proof else "",
-        verdict=_verdict(report, proof.base) if report and proof and proof.base else "",
+        verdict=_verdict(report, facts) if report else "",
         findings=[str(finding) for finding in report.findings] if report else [],
         warnings=[note.removeprefix(_WARNING) for note in notes if note.startswith(_WARNING)],
         notes=[note for note in notes if not note.startswith(_WARNING)],
@@ -88,11 +87,11 @@ def _notes(facts: PageFacts, report: VerifyReport | None, run: Run | None) -> li
     )
 
 
-def _verdict(report: VerifyReport, base: Base) -> str:
-    """Whether all is as it should be; a local base is called by its last part, since pages are sent around."""
+def _verdict(report: VerifyReport, facts: PageFacts) -> str:
+    """Whether all is as it should be."""
     compared = f"{len(report.tensors)} tensors were compared with float64, {report.equal} have the bytes of the base"
-    name = base.label if base.commit else Path(base.label).name
-    inputs = " + ".join([name, *report.adapters])
+    base = facts.found or facts.base
+    inputs = " + ".join([base_name(base) if base else report.base, *report.adapters])
     if report.holds:
         return f"The model is {inputs}, rounded or encoded: {compared}."
     known = "as far as loraweld.json and the options given here say how they were merged"
