@@ -584,7 +584,7 @@ def test_sums_of_parts_are_those_of_the_whole(values: list[tuple[float, float, f
 
 
 def test_what_little_is_left_is_told_once_with_what_to_do() -> None:
-    """Each weight in one warning, of the worst of its kind; a cure for plain weights, another for codes."""
+    """Each weight in one warning, the worst first; what helps differs, and is another for codes."""
 
     def result(name: str, rounded: str, **sums: float) -> TensorResult:
         made = ChangeSums(weight=1.0, change=1.0, asked=10, **sums)
@@ -602,18 +602,19 @@ def test_what_little_is_left_is_told_once_with_what_to_do() -> None:
         )
 
     gone = result("gone", "once", error=1.0, lost=10)
-    noisy = result("noisy", "encoded", error=0.81, along=1.0, moved=2.0)
-    sparse = result("sparse", "once", error=0.01, along=1.0, moved=1.0, lost=6)
-    fine = result("fine", "once", error=0.01, along=1.0, moved=1.0, lost=5)
-    warnings = lost_change_warnings([gone, noisy, sparse, fine])
-    assert [[word for word in ("gone", "noisy", "sparse", "fine") if word in warning] for warning in warnings] == [
-        ["gone"],
-        ["noisy"],
-        ["sparse"],
-    ]
-    for warning in (warnings[0], warnings[2]):
-        assert all(cure in warning for cure in ("--dtype float32", "--rounding stochastic --seed N", "--scale"))
-    assert "merged_16bit" in warnings[1] and "another encoding" in warnings[1]
+    sparse = result("sparse", "once", error=0.36, along=1.0, moved=1.36, lost=6)
+    noisy = result("noisy", "once", error=0.36, along=1.0, moved=1.36, lost=5)
+    coded = result("coded", "encoded", error=0.81, along=0.4, moved=0.9)
+    fine = result("fine", "once", error=0.01, along=1.0, moved=1.01, lost=5)
+    results = [noisy, fine, sparse, gone]
+    warnings = lost_change_warnings(results)
+    named = [[one.tensor for one in results if one.tensor in warning] for warning in warnings]
+    assert named == [["gone"], ["sparse"], ["noisy"]]
+    random = "--rounding stochastic --seed N"  # it adds to the noise, and takes a loss away
+    assert [random in warning for warning in warnings] == [True, True, False]
+    assert all("--dtype float32" in warning and "--scale" in warning for warning in warnings)
+    (warning,) = lost_change_warnings([coded])
+    assert all(cure in warning for cure in ("coded", "merged_16bit", "another encoding", "--scale"))
 
 
 # Options, commands, publishing

@@ -200,11 +200,20 @@ class VerifyReport:
         ]
 
 
-# What is wrong with what is left, the worst first: a weight is told of once.
-_WARNINGS: tuple[tuple[str, Callable[[Retention], bool]], ...] = (
-    ("less than half of the adapter's change is in", lambda left: not left.kept >= _LITTLE),
-    ("rounding is more than half as large as the adapter's change in", lambda left: not left.error <= _LITTLE),
-    ("in more than half of the elements the adapter's change was rounded away in", lambda left: _most(left.lost)),
+# What is wrong with what is left, and what to do about it in plain weights; a weight is told of once, by the first.
+_IN_THE_MEAN = "keep it in the mean (--rounding stochastic --seed N), write float32 (--dtype float32)"
+_WARNINGS: tuple[tuple[str, Callable[[Retention], bool], str], ...] = (
+    ("less than half of the adapter's change is in", lambda left: not left.kept >= _LITTLE, _IN_THE_MEAN),
+    (
+        "in more than half of the elements the adapter's change was rounded away in",
+        lambda left: _most(left.lost),
+        _IN_THE_MEAN,
+    ),
+    (
+        "rounding is more than half as large as the adapter's change in",
+        lambda left: not left.error <= _LITTLE,
+        "write float32 (--dtype float32)",
+    ),
 )
 
 
@@ -214,27 +223,27 @@ def _most(share: float | None) -> bool:
 
 def lost_change_warnings(tensors: Sequence[TensorResult]) -> list[str]:
     """Warn of weights in which little is left of the adapter's change, and say what to do."""
-    told: dict[str, list[TensorResult]] = {what: [] for what, _ in _WARNINGS}
+    told: dict[str, list[TensorResult]] = {what: [] for what, _, _ in _WARNINGS}
     for result in tensors:
         left = result.retention
-        first = next((what for what, is_so in _WARNINGS if left is not None and is_so(left)), None)
+        first = next((what for what, is_so, _ in _WARNINGS if left is not None and is_so(left)), None)
         if first is not None:
             told[first].append(result)
-    return [warning for what, found in told.items() for warning in _warning(found, what)]
+    return [warning for what, _, cure in _WARNINGS for warning in _warning(told[what], what, cure)]
 
 
-def _warning(tensors: Sequence[TensorResult], what: str) -> list[str]:
+def _warning(tensors: Sequence[TensorResult], what: str, cure_of_plain: str) -> list[str]:
     if not tensors:
         return []
     worst = max(tensors, key=lambda one: one.retention.error if one.retention else 0.0)
-    if any(one.rounded == "encoded" for one in tensors):
-        cure = "save in 16 bit (--save-method merged_16bit), or in another encoding, of more bits"
-    else:
-        cure = (
-            "write float32 (--dtype float32), round at random so that the change is kept on average "
-            "(--rounding stochastic --seed N), or merge with a larger --scale"
-        )
-    return [f"WARNING: {what} {len(tensors)} weights, {worst.tensor} the worst, because their steps are larger: {cure}"]
+    is_encoded = any(one.rounded == "encoded" for one in tensors)
+    cure = (
+        "save in 16 bit (--save-method merged_16bit), in another encoding, of more bits"
+        if is_encoded
+        else cure_of_plain
+    )
+    told = f"{what} {len(tensors)} weights, {worst.tensor} the worst, because their steps are larger"
+    return [f"WARNING: {told}: {cure}, or merge with a larger --scale"]
 
 
 def _rounding_lines(tensors: Sequence[TensorResult]) -> list[str]:
