@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import json
 import re
 import shutil
@@ -18,10 +20,12 @@ from torch import Tensor
 
 import loraweld
 from fakes import load_folder, save_base
-from handmade import MODULES, SHAPES, llama_config, llama_tensors, loras, save_adapter, save_llama
-from loraweld.page.changes import TensorChange, cells, kind_of, places
+from handmade import MODULES, SHAPES, llama_config, llama_tensors, lora, loras, save_adapter, save_llama
+from loraweld.naming.places import kind_of, places
+from loraweld.page.changes import MEASURES, TensorChange, cells
 from loraweld.page.facts import gather_page_facts
 from loraweld.page.render import render
+from loraweld.report import MergeReport
 
 HOSTILE = "<script>alert(1)</script>"
 VOID = {"meta", "link", "img", "br", "hr", "input", "image"}
@@ -215,8 +219,8 @@ def test_what_has_no_number_says_why(place: Path) -> None:
     report = loraweld.report_page("new", base="old", output="page.html")
     notes = {change.tensor: change.note for change in report.changes if change.relative_change is None}
     assert notes == {
-        "lm_head.weight": "40 × 16 in the base",
-        "model.layers.0.empty.weight": "zero in the base",
+        "lm_head.weight": "shape 40 × 16 and 44 × 16",
+        "model.layers.0.empty.weight": "was zero",
         "model.new.weight": "not in the base",
     }
     assert "no loraweld.json" in Page(report.page.read_text()).text
@@ -274,7 +278,231 @@ def test_pages_take_numbers_that_others_measured(place: Path) -> None:
     page = Page(render(facts, [change]))
     row = next(row for row in page.rows if row and row[0] == "a.0.b.weight")
     assert row[3:6] == ["25 %", "50 %", "12.5 %"]
-    assert "Kept of the change" not in Page(Path(loraweld.report_page("out").page).read_text()).text
+    shutil.move("adapter", "elsewhere")
+    assert "Kept" not in Page(loraweld.report_page("out", base="base").page.read_text()).text
+
+
+# What is left of the adapter's change
+
+
+def table(page: Page) -> dict[str, dict[str, str]]:
+    """Return the table of tensors: by name, by heading."""
+    head = next(row for row in page.rows if row[:1] == ["Tensor"])
+    rows = [row for row in page.rows if len(row) == len(head) and row is not head]
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_the_page_has_the_numbers_of_verify(place: Path) -> None:
+    """The adapter beside the output is found by its hash; each number stands in the table, all together on top."""
+    proof = loraweld.verify("out", base="base", adapter="adapter")
+    report = loraweld.report_page("out", output="page.html")
+    assert report.proof is not None and report.proof.tensors == proof.tensors
+    page = Page(report.page.read_text())
+    rows = table(page)
+    for result in proof.tensors:
+        left, row = result.retention, rows[result.tensor]
+        assert left is not None and left.lost is not None
+        ratios = {
+            "Change": result.sums.moved_share,
+            "Intended change": left.change,
+            "Kept": left.kept,
+            "Error of the change": left.error,
+            "Rounded away": left.lost,
+            "Error of the weight": result.relative_error,
+        }
+        assert {label: row[label] for label in ratios} == {key: f"{100 * v:.6g} %" for key, v in ratios.items()}
+        assert row["Cosine"] == f"{left.cosine:.8g}"
+    assert rows["model.norm.weight"]["Change"] == "0 %" and rows["model.norm.weight"]["Kept"] == "–"
+    assert "The model is base + adapter" in page.text and str(place) not in page.text
+    assert proof.total is not None
+    assert f"{proof.total.kept:.2%}" in page.text and f"{proof.total.cosine:.6f}" in page.text
+    meanings = [measure.meaning for measure in MEASURES if measure.label in rows["model.norm.weight"]]
+    assert len(meanings) == 7 and all(page.text.count(meaning) == 2 for meaning in meanings)
+
+
+def test_adapters_that_are_elsewhere_or_others_are_not_taken(place: Path) -> None:
+    """One of the same name with another hash is not; given by its path it is, and any other is refused a verdict."""
+    shutil.move("adapter", "elsewhere")
+    other = save_adapter(Path("adapter"), loras(*MODULES, rank=2), base_model_name_or_path="base")
+    report = loraweld.report_page("out", output="page.html")
+    assert report.proof is None and "--adapter" in report.unproven
+    text = Page(report.page.read_text()).text
+    assert "not known" in text and "--adapter" in text and "Kept" not in text
+    given = loraweld.report_page("out", adapter="elsewhere", output="page.html", overwrite=True)
+    assert given.proof is not None and given.proof.holds
+    wrong = loraweld.report_page("out", adapter=other, output="page.html", overwrite=True)
+    assert wrong.proof is not None and not wrong.proof.holds
+    page = Page(wrong.page.read_text())
+    assert "The model is not base + adapter" in page.text and "another adapter" in page.text
+    assert all(str(finding) in page.text for finding in wrong.proof.findings)
+    assert all(row["Remark"] == "not base + adapter" for name, row in table(page).items() if name[:-7] in MODULES)
+
+
+def test_an_adapter_that_does_not_fit_ends_a_report_only_if_it_was_given(place: Path) -> None:
+    """Found by itself it is a remark; asked for it is an error."""
+    record = json.loads(Path("out/loraweld.json").read_text())
+    shutil.rmtree("adapter")
+    save_adapter(Path("adapter"), lora("model.layers.9.self_attn.q_proj", (16, 16)), base_model_name_or_path="base")
+    record["adapters"][0]["sha256"] = hashlib.sha256(Path("adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+    Path("out/loraweld.json").write_text(json.dumps(record))
+    report = loraweld.report_page("out", output="page.html")
+    assert report.proof is None and "could not be planned again" in report.unproven
+    assert any(change.relative_change for change in report.changes)
+    with pytest.raises(loraweld.LoraweldError, match=r"layers\.9"):
+        loraweld.report_page("out", adapter="adapter", output="page.html", overwrite=True)
+
+
+def test_what_an_encoding_lost_is_what_the_merge_said(place: Path) -> None:
+    """Two measurements by two codes: while the codes were made, and of the file in float64."""
+    merged = loraweld.merge("adapter", output="four", save_method="merged_4bit", double_quant=False)
+    assert len(merged.fidelity) == len(MODULES)
+    report = loraweld.report_page("four", output="page.html")
+    found = {change.tensor: change for change in report.changes}
+    for weight in merged.fidelity:
+        change = found[weight.tensor]
+        # The file is read in its decoded dtype, which rounds once more.
+        assert change.error == pytest.approx(weight.relative_error, rel=0.02)
+        assert change.kept == pytest.approx(weight.kept, rel=0.05)
+        assert change.lost is None
+    assert "Rounded away" not in table(Page(report.page.read_text()))["model.norm.weight"]
+
+
+def test_warnings_stand_before_notes_with_what_to_do(place: Path) -> None:
+    """A change that is smaller than the steps of bfloat16."""
+    shutil.rmtree("adapter")
+    save_adapter(Path("adapter"), loras(*MODULES), base_model_name_or_path="base", lora_alpha=0.002)
+    loraweld.merge("adapter", output="tiny")
+    text = Page(loraweld.report_page("tiny", output="page.html").page.read_text()).text
+    warnings = text[text.index("Warnings") : text.index("Layers and modules")]
+    assert all(cure in warnings for cure in ("--dtype float32", "--rounding stochastic --seed N", "--scale"))
+    assert "WARNING" not in text
+
+
+def test_what_changed_outside_the_layers_alone_has_no_cell(place: Path) -> None:
+    """The embedding has numbers that no layer has: they are in the table, the map has those of the layers."""
+    shutil.rmtree("adapter")
+    save_adapter(Path("adapter"), loras("model.embed_tokens"), base_model_name_or_path="base")
+    loraweld.merge("adapter", output="embedding")
+    report = loraweld.report_page("embedding", output="page.html")
+    assert report.proof is not None and report.proof.holds
+    rows = table(Page(report.page.read_text()))
+    assert {name for name, row in rows.items() if row["Kept"] != "–"} == {"model.embed_tokens.weight"}
+    kept = next(measure for measure in MEASURES if measure.key == "kept")
+    assert cells(report.changes, kept) == [] and len(cells(report.changes, MEASURES[0])) > 0
+
+
+def test_another_tools_model_needs_no_record(place: Path) -> None:
+    """With base and adapter named, all is known that a record would not add."""
+    Path("out/loraweld.json").unlink()
+    report = loraweld.report_page("out", base="base", adapter="adapter", output="page.html")
+    assert report.proof is not None and report.proof.holds
+    page = Page(report.page.read_text())
+    assert "The model is base + adapter" in page.text and "not known" not in page.text
+    bare = Page(loraweld.report_page("out", base="base", output="page.html", overwrite=True).page.read_text())
+    assert "no loraweld.json" in bare.text and "--adapter" in bare.text
+
+
+# The run
+
+
+def told(report: MergeReport, **others: object) -> Path:
+    path = Path("run.json")
+    path.write_text(json.dumps(report.to_json() | others))
+    return path
+
+
+def test_the_run_is_that_of_its_own_report(place: Path) -> None:
+    """Time and rate, and what was measured while encoding, where the adapter is not at hand."""
+    report = loraweld.merge("adapter", output="four", save_method="merged_4bit", double_quant=False)
+    shutil.move("adapter", "elsewhere")
+    seconds = {"seconds": 12.5, "bytes_written": 50_000_000, "resumed_bytes": 3_000_000}
+    made = loraweld.report_page("four", run=told(report, **seconds), output="page.html")
+    page = Page(made.page.read_text())
+    assert ["Time", "12.5 s"] in page.rows and ["Written", "50.00 MB, 4.00 MB/s"] in page.rows
+    assert ["Finished by an earlier run", "3.00 MB"] in page.rows
+    (tensors,) = (row[1].split(", ") for row in page.rows if row[:1] == ["Tensors"])
+    assert set(tensors) == {f"{count} {kind}" for kind, count in report.recipes.items()}
+    fidelity = {weight.tensor: weight for weight in report.fidelity}
+    for name, row in table(page).items():
+        weight = fidelity.get(name)
+        kept = None if weight is None else weight.kept
+        assert row["Kept"] == ("–" if kept is None else f"{100 * kept:.6g} %")
+    assert "from the report of the run" in page.text
+    without = Page(loraweld.report_page("four", output="page.html", overwrite=True).page.read_text())
+    assert "--run" in without.text and not any(row[:1] == ["Time"] for row in without.rows)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"seconds": "12"}, "wrong types of seconds"),
+        ({"fidelity": [1]}, "wrong types of fidelity"),
+        ({"save_method": "merged_4bit"}, "another merge .* save_method"),
+        ({"modules": []}, "another merge .* modules"),
+    ],
+    ids=str,
+)
+def test_a_run_of_another_merge_is_refused(place: Path, damage: dict[str, object], message: str) -> None:
+    loraweld.merge("adapter", output="again")
+    report = loraweld.merge("adapter", output="again")
+    with pytest.raises(loraweld.RequestError, match=message):
+        loraweld.report_page("out", run=told(report, **damage), output="page.html")
+    assert not Path("page.html").exists()
+    good = loraweld.report_page("out", run=told(report), output="page.html")
+    assert "was there already" in Page(good.page.read_text()).text
+
+
+# Two models
+
+
+def test_a_comparison_has_the_same_page(place: Path) -> None:
+    """The numbers of compare, tensors that only one has, and the same from the command line."""
+    tensors = {name: tensor for name, tensor in load_folder(Path("out")).items() if name != "model.norm.weight"}
+    save_base(Path("other"), {**tensors, "model.more.weight": torch.ones(2)}, llama_config())
+    report = loraweld.compare_page("base", "other", output="page.html")
+    assert report.to_json() | {"seconds": 0} == loraweld.compare("base", "other").to_json() | {"seconds": 0}
+    page = Page(Path("page.html").read_text())
+    assert "other compared with base" in page.text and page.loads == []
+    rows = table(page)
+    assert rows.keys() == {*tensors, "model.more.weight"}
+    for one in report.differing:
+        assert one.relative is not None
+        assert rows[one.tensor]["Change"] == f"{100 * one.relative:.6g} %"
+        assert rows[one.tensor]["Largest difference"] == f"{one.largest:.8g}"
+        assert rows[one.tensor]["Cosine of the weights"] == f"{one.cosine:.8g}"
+    same = rows.keys() - {one.tensor for one in report.differing} - {"model.more.weight"}
+    assert {rows[name]["Change"] for name in same} == {"0 %"}
+    assert rows["model.more.weight"]["Remark"] == "not in the first"
+    assert "missing in the second model: model.norm.weight" in page.text
+    before = Path("page.html").read_bytes()
+    done = run("compare", "base", "other", "-o", "page.html")
+    assert done.returncode == 1 and "--overwrite" in done.stderr
+    done = run("compare", "base", "other", "-o", "page.html", "--overwrite", "--json")
+    assert done.returncode == 1 and json.loads(done.stdout)["missing"] == ["model.norm.weight"]
+    assert Path("page.html").read_bytes() == before
+
+
+def test_a_model_is_compared_with_base_and_adapter(place: Path) -> None:
+    """What verify says, with its exit code, and the page of report; with neither B nor adapter it is a usage error."""
+    sides = ("--base", "base", "--adapter", "adapter")
+    seconds = re.compile(r"checked in [\d.]+ s")
+    done, verified = run("compare", "out", *sides), run("verify", "out", *sides)
+    assert (done.returncode, seconds.sub("", done.stdout)) == (0, seconds.sub("", verified.stdout))
+    done = run("compare", "out", *sides, "-o", "page.html")
+    assert (done.returncode, seconds.sub("", done.stdout)) == (0, seconds.sub("", verified.stdout))
+    loraweld.report_page("out", base="base", adapter="adapter", output="same.html")
+    assert Path("page.html").read_bytes() == Path("same.html").read_bytes()
+    assert run("compare", "out", *sides, "--scale", "0.5").returncode == 1
+    for line in (("out",), ("out", "base", "--adapter", "adapter")):
+        done = run("compare", *line)
+        assert done.returncode == 2 and "--adapter" in done.stderr
+    packed = Path("packed")
+    packed.mkdir()
+    record = {**json.loads(Path("out/loraweld.json").read_text()), "save_method": "gguf"}
+    (packed / "loraweld.json").write_text(json.dumps(record))
+    (packed / "packed-Q8_0.gguf").write_bytes(b"GGUF")
+    done = run("compare", "packed", *sides, "-o", "none.html")
+    assert done.returncode == 1 and "no weights" in done.stderr
 
 
 def test_places_of_tensors() -> None:
@@ -293,8 +521,8 @@ def test_places_of_tensors() -> None:
         TensorChange(tensor=f"l.0.e.{i}.w", layer=0, module=f"e.{i}.w", shape=(1,), relative_change=i / 4)
         for i in range(4)
     ]
-    (cell,) = cells(experts)
-    assert (cell.tensor, cell.largest, cell.num_tensors) == ("l.0.e.3.w", 0.75, 4)
+    (cell,) = cells(experts, MEASURES[0])
+    assert (cell.change.tensor, cell.value, cell.num_tensors) == ("l.0.e.3.w", 0.75, 4)
 
 
 def run(*arguments: str, code: str = "from loraweld.cli import main; main()") -> subprocess.CompletedProcess[str]:
@@ -351,9 +579,10 @@ def shown(page: Path, profile: Path) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-# What a reader does: sort the table by the change, point at a cell of the map.
+# What a reader does: sort the table by the change, choose a measure, point at a cell of the map.
 READER = """<script>
 document.querySelectorAll("#tensor-table th button")[2].click();
+document.querySelector("input[name=measure][value=MEASURE]").click();
 setTimeout(() => {
   const plot = document.querySelector("#heat-map .nsewdrag"), place = plot.getBoundingClientRect();
   const point = {clientX: place.right - 5, clientY: place.bottom - 5, bubbles: true};
@@ -362,30 +591,60 @@ setTimeout(() => {
 </script></body>"""
 
 
+def read_in_browser(page: Path, measure: str, profile: Path) -> str:
+    """Return the document after a reader has used it; the console stays empty."""
+    page.write_text(page.read_text().replace("</body>", READER.replace("MEASURE", measure)))
+    document, console = shown(page, profile)
+    assert console == []
+    return document
+
+
+def hovered(document: str) -> list[str]:
+    """The lines of the box under the pointer."""
+    box = re.search(r'class="hovertext".*?</text>', document)
+    assert box is not None
+    return [html.unescape(re.sub(r"<[^>]+>", "", line)) for line in re.findall(r"<tspan.*?</tspan>", box[0])]
+
+
 @pytest.mark.browser
 @needs_chromium
-def test_a_browser_draws_the_page_without_a_complaint(place: Path) -> None:
-    """Both charts are drawn, the table is there and sorts, a cell says its number, and the console stays empty."""
+@pytest.mark.parametrize("measure", ["relative_change", "cosine", "lost"])
+def test_a_browser_draws_the_page_without_a_complaint(place: Path, measure: str) -> None:
+    """Both charts are drawn and follow the choice, a cell says all its numbers, the table sorts."""
     report = loraweld.report_page("out", output="page.html")
-    page = Path("page.html")
-    page.write_text(report.page.read_text().replace("</body>", READER))
-    document, console = shown(page, place / "profile")
-    assert console == []
+    document = read_in_browser(report.page, measure, place / "profile")
+    chosen = next(one for one in MEASURES if one.key == measure)
     for chart in ("heat-map", "histogram"):
         drawn = document[document.index(f'<div id="{chart}"') :]
-        assert 'class="main-svg"' in drawn[: drawn.index("</figure>")]
+        drawn = drawn[: drawn.index("</figure>")]
+        assert 'class="main-svg"' in drawn
+        assert re.search(rf">{chosen.label.lower()}</text>", drawn), chart
     assert "data:image/png" in document  # the cells of the map
-    by_name = {change.tensor: change.relative_change for change in report.changes}
-    hover = re.search(
-        r'class="hovertext".*?<tspan[^>]*>(model\.layers\.1\.[^<]*)<.*?relative change ([\d.e-]+) %', document
-    )
-    assert hover is not None
-    assert float(hover[2]) == pytest.approx(100 * (by_name[hover[1]] or 0), rel=1e-5)
-    table = document[document.index('<table id="tensor-table">') :].partition("</table>")[0]
-    assert 'aria-sort="descending"' in table
-    values = [float(value) for value in re.findall(r'data-value="([-\d.e]+)">[\d.e-]+ %', table)]
+    visible = re.findall(r'<span data-measure="(\w+)">', document)
+    assert visible == [measure]
+    by_name = {change.tensor: change for change in report.changes}
+    name, *lines = hovered(document)
+    assert name.startswith("model.layers.1.")
+    known = [one for one in MEASURES if one.of(by_name[name]) is not None]
+    assert len(known) == 7
+    assert set(lines) == {f"{one.label.lower()} {one.show(one.of(by_name[name]) or 0.0)}" for one in known}
+    assert lines[0].startswith(chosen.label.lower())
+    in_table = document[document.index('<table id="tensor-table">') :].partition("</table>")[0]
+    assert 'aria-sort="descending"' in in_table
+    values = [float(row["Change"].removesuffix(" %")) / 100 for row in table(Page(f"{in_table}</table>")).values()]
     expected = sorted((change.relative_change for change in report.changes), reverse=True)
-    assert values == expected
+    assert values == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_a_browser_draws_a_comparison_without_a_complaint(place: Path) -> None:
+    """The same of two models."""
+    report = loraweld.compare_page("base", "out", output="page.html")
+    document = read_in_browser(Path("page.html"), "largest", place / "profile")
+    name, *lines = hovered(document)
+    one = next(one for one in report.differing if one.tensor == name)
+    assert lines[0] == f"largest difference {one.largest:.8g}"
 
 
 @pytest.mark.browser

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +23,9 @@ from handmade import MODULES, Q_PROJ, VOCAB, delta, llama_tensors, lora, loras, 
 from loraweld.cli import main
 from loraweld.errors import RequestError, VerificationError
 from loraweld.sinks.folder import FolderSink
+from loraweld.verification.expected import Block
+from loraweld.verification.findings import ChangeSums, Retention, TensorResult, lost_change_warnings
+from loraweld.verification.values import Sums
 from models import TinyModel
 from test_experts import MODELS as EXPERTS
 from test_experts import trained, write_base
@@ -384,6 +390,26 @@ def test_an_encoded_base_preserved_or_decoded_holds(method: str, tmp_path: Path)
         assert report.findings == ()
 
 
+DORAS = ("lora-then-dora", "dora-then-lora", "dora-then-dora")
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("case", named(*DORAS), ids=lambda case: case.name)
+def test_what_peft_merges_with_dora_among_others_holds(case: AdapterCase, safe_merge: bool, tmp_path: Path) -> None:
+    """Before a DoRA it takes the earlier adapters off the weight, and puts them back on, rounding each time."""
+    model = next(model for model, _ in pairs("linears") if model.name == "llama")
+    base, adapters = peft_adapter(model, case, tmp_path)
+    merged = case.unmerged(model, base, adapters).merge_and_unload(safe_merge=safe_merge)
+    merged.save_pretrained(tmp_path / "out")
+    report = loraweld.verify(tmp_path / "out", base=base, adapter=adapters)
+    assert report.findings == ()
+    assert report.notes
+    assert {one.rounded for one in report.tensors} <= {"once", "twice", "after each adapter"}
+    corrupt_element(tmp_path)
+    found = loraweld.verify(tmp_path / "out", base=base, adapter=adapters).findings
+    assert [finding.where for finding in found] == [DOWN]
+
+
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("case", named("linears", "rslora", "dora", "save-norm", "two"), ids=lambda case: case.name)
 def test_what_peft_merges_holds(case: AdapterCase, safe_merge: bool, tmp_path: Path) -> None:
@@ -476,18 +502,129 @@ def test_a_change_below_the_steps_is_reported_with_what_to_do(tmp_path: Path) ->
     assert any("WARNING" in note and "--dtype float32" in note for note in report.notes)
 
 
-def test_retention_numbers_are_those_of_their_definition(tmp_path: Path) -> None:
-    """‖Δ‖/‖W‖, the error, the cosine: computed here from the tensors themselves."""
-    PLAIN.make(tmp_path)
-    report = loraweld.verify(tmp_path / "out", base=tmp_path / "base", adapter=tmp_path / "adapter")
-    found = next(result.retention for result in report.tensors if result.tensor == Q)
-    base, right = base_of(tmp_path, Q), change()
-    moved = load_folder(tmp_path / "out")[Q].double() - base
+def exact_retention(base: Tensor, change: Tensor, stored: Tensor, unchanged: Tensor | None) -> Retention:
+    """By numpy, from the definitions; `unchanged` is what the base alone would be stored as."""
+    w, d, s = (part.double().numpy().ravel() for part in (base, change, stored))
+    moved = s - w
+    norm = np.linalg.norm
+    lost = None if unchanged is None else float(np.mean((s == unchanged.double().numpy().ravel())[d != 0]))
+    return Retention(
+        change=norm(d) / norm(w),
+        error=norm(moved - d) / norm(d),
+        kept=float(moved @ d) / float(d @ d),
+        lost=lost,
+        cosine=float(moved @ d) / (norm(moved) * norm(d)) if norm(moved) else 0.0,
+    )
+
+
+def close(found: Retention | None, right: Retention, rel: float = 1e-9) -> bool:
     assert found is not None
-    assert found.change == pytest.approx(float(right.norm() / base.norm()))
-    assert found.error == pytest.approx(float((moved - right).norm() / right.norm()))
-    assert found.cosine == pytest.approx(float((moved * right).sum() / moved.norm() / right.norm()))
-    assert found.lost == float((moved == 0).double().mean())
+    assert (found.lost is None) == (right.lost is None)
+    sides = [{key: value for key, value in asdict(one).items() if value is not None} for one in (found, right)]
+    return sides[0] == pytest.approx(sides[1], rel=rel, abs=1e-12)
+
+
+RETENTION_CASES = {
+    "bfloat16": ({}, {}, 6),
+    "bfloat16, a small change": ({}, {}, 0.05),
+    "bfloat16, hardly a change": ({}, {}, 0.002),
+    "float32 of bfloat16": ({}, {"dtype": "float32"}, 0.05),
+    "bfloat16 of float32": ({"dtype": torch.float32}, {"dtype": "bfloat16"}, 0.05),
+    "float16 of bfloat16": ({}, {"dtype": "float16"}, 0.05),
+}
+
+
+@pytest.mark.parametrize("case", RETENTION_CASES)
+def test_retention_is_that_of_its_definitions(case: str, tmp_path: Path) -> None:
+    """Of each weight, and of all together: from the tensors themselves, in float64, by numpy."""
+    base_options, merge_options, alpha = RETENTION_CASES[case]
+    Scene(base=base_options, adapter={"lora_alpha": alpha}, merge=merge_options).make(tmp_path)
+    report = loraweld.verify(tmp_path / "out", base=tmp_path / "base", adapter=tmp_path / "adapter")
+    base, merged = load_folder(tmp_path / "base"), load_folder(tmp_path / "out")
+    sides: list[tuple[Tensor, ...]] = []
+    for module in MODULES:
+        name = f"{module}.weight"
+        stored = merged[name]
+        sides.append((base[name], change(module, alpha / 4), stored, base[name].to(stored.dtype)))
+        found = next(result for result in report.tensors if result.tensor == name)
+        assert close(found.retention, exact_retention(*sides[-1])), name
+    together = [torch.cat([part.double().reshape(-1) for part in parts]) for parts in zip(*sides, strict=True)]
+    assert close(report.total, exact_retention(*together))
+    total = report.to_json()["retention"]["total"]
+    assert report.total is not None and total == asdict(report.total)
+    assert report.changed == [one for one in report.tensors if one.tensor in {f"{m}.weight" for m in MODULES}]
+    words = "\n".join(report.lines())
+    assert f"all: ‖Δ‖/‖W‖ {report.total.change:.3%}, error {report.total.error:.2%}" in words
+    assert f"rounded away {report.total.lost:.1%}, cosine {report.total.cosine:.6f}" in words
+    assert all(f"  self_attn.{one}_proj × 2: " in words for one in "qkvo")
+
+
+def test_retention_of_codes_is_that_of_what_they_decode_to(tmp_path: Path) -> None:
+    """LLM.int8, decoded here: what plain weights alone would have been as codes is not known, of codes it is."""
+    INT8.make(tmp_path)
+    inputs = {"adapter": tmp_path / "adapter"}
+    found = loraweld.verify(tmp_path / "out", base=tmp_path / "base", **inputs)
+    codes = load_folder(tmp_path / "out")
+    stored = (codes[Q].double() * codes[f"{Q_PROJ}.SCB"].double()[:, None] / 127).to(torch.bfloat16)
+    (one,) = (result for result in found.tensors if result.tensor == Q)
+    base = base_of(tmp_path, Q)
+    right = exact_retention(base, change(), stored, None)
+    assert close(one.retention, right, rel=1e-2)
+    exact = base + change()
+    assert one.relative_error == pytest.approx(float((stored.double() - exact).norm() / exact.norm()), rel=1e-2)
+
+    loraweld.merge(tmp_path / "adapter", base=tmp_path / "out", output=tmp_path / "again", save_method="preserve")
+    again = loraweld.verify(tmp_path / "again", base=tmp_path / "out", **inputs)
+    assert all(one.retention is not None and one.retention.lost is not None for one in again.changed)
+
+
+@given(values=st.lists(st.tuples(*[st.floats(-4, 4, width=16)] * 3), min_size=1, max_size=24), cut=st.integers(0, 24))
+def test_sums_of_parts_are_those_of_the_whole(values: list[tuple[float, float, float]], cut: int) -> None:
+    """However a weight is cut into blocks, and whatever is zero: the same retention, by its definition."""
+    sides = torch.tensor(values, dtype=torch.float64)
+    whole = Sums()
+    for part in (sides[:cut], sides[cut:]):
+        base, delta_, stored = (part[:, [column]] for column in range(3))
+        whole.add(Block(0, base, base + delta_, base[:, :1]), stored, base)
+    base, exact, stored = sides[:, 0], sides[:, 0] + sides[:, 1], sides[:, 2]
+    if not base.norm() or not (exact - base).norm():
+        return
+    right = exact_retention(base, exact - base, stored, base)
+    assert close(whole.of_change.retention, right)
+
+
+def test_what_little_is_left_is_told_once_with_what_to_do() -> None:
+    """Each weight in one warning, the worst first; what helps differs, and is another for codes."""
+
+    def result(name: str, rounded: str, **sums: float) -> TensorResult:
+        made = ChangeSums(weight=1.0, change=1.0, asked=10, **sums)
+        return TensorResult(
+            tensor=name,
+            kind="edit",
+            dtype="BF16",
+            rounded=rounded,
+            elements=10,
+            steps=0.5,
+            misrounded=0.0,
+            relative_error=0.0,
+            sums=made,
+            stored=name,
+        )
+
+    gone = result("gone", "once", error=1.0, lost=10)
+    sparse = result("sparse", "once", error=0.36, along=1.0, moved=1.36, lost=6)
+    noisy = result("noisy", "once", error=0.36, along=1.0, moved=1.36, lost=5)
+    coded = result("coded", "encoded", error=0.81, along=0.4, moved=0.9)
+    fine = result("fine", "once", error=0.01, along=1.0, moved=1.01, lost=5)
+    results = [noisy, fine, sparse, gone]
+    warnings = lost_change_warnings(results)
+    named = [[one.tensor for one in results if one.tensor in warning] for warning in warnings]
+    assert named == [["gone"], ["sparse"], ["noisy"]]
+    random = "--rounding stochastic --seed N"  # it adds to the noise, and takes a loss away
+    assert [random in warning for warning in warnings] == [True, True, False]
+    assert all("--dtype float32" in warning and "--scale" in warning for warning in warnings)
+    (warning,) = lost_change_warnings([coded])
+    assert all(cure in warning for cure in ("coded", "merged_16bit", "another encoding", "--scale"))
 
 
 # Options, commands, publishing

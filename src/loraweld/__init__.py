@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         save_pretrained_gguf,
         save_pretrained_merged,
     )
+    from loraweld.page.compare_page import compare_page
     from loraweld.page.report_page import report_page
     from loraweld.verification.compare import compare
     from loraweld.verification.verify import verify
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "attach",
     "compare",
+    "compare_page",
     "extract",
     "inspect",
     "merge",
@@ -66,6 +68,7 @@ _HOMES = {
     "report_page": "loraweld.page.report_page",
     "verify": "loraweld.verification.verify",
     "compare": "loraweld.verification.compare",
+    "compare_page": "loraweld.page.compare_page",
     "FastLanguageModel": "loraweld.live.fast_language_model",
     "attach": "loraweld.live.attach",
     "push_to_hub_gguf": "loraweld.live.methods",

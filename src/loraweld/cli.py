@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from loraweld._version import __version__
 from loraweld.combine.methods import COMBINE_METHODS, MAJORITY_SIGN_METHODS
@@ -106,9 +106,12 @@ def _report(arguments: argparse.Namespace) -> None:
     from loraweld.page.report_page import report_page
     from loraweld.progress import show_progress
 
-    options = {name: getattr(arguments, name) for name in ("output", "base", "overwrite", "token")}
+    options = {name: getattr(arguments, name) for name in ("output", "base", "adapter", "run_file", "overwrite")}
+    options["run"] = options.pop("run_file")
     with show_progress(quiet=arguments.quiet or arguments.json) as shown:
-        report = report_page(arguments.model, **options, progress=shown.advance, on_plan=shown.begin)
+        report = report_page(
+            arguments.model, **options, **_intended(arguments), progress=shown.advance, on_plan=shown.begin
+        )
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))
     elif not arguments.quiet:
@@ -120,33 +123,72 @@ def _verify(arguments: argparse.Namespace) -> None:
         raise _UsageError(f"--sample is {arguments.sample:g}, expected a share above 0 and up to 1, such as 0.1")
     from loraweld.verification.verify import verify
 
+    sides = {"base": arguments.base, "adapter": arguments.adapter}
+    report = verify(
+        arguments.output,
+        sample=arguments.sample,
+        behaviour=arguments.behaviour,
+        **sides,
+        **_intended(arguments),
+    )
+    _tell(report, arguments, good=report.holds)
+
+
+def _intended(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a model was merged, as far as it was given."""
     names = (
         *("weights", "scale", "combine", "density", "seed", "svd_rank", "majority_sign_method"),
         *("merge_base", "expert_layout", "tokenizer", "token", "rounding"),
     )
-    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    report = verify(
-        arguments.output,
-        base=arguments.base,
-        adapter=arguments.adapter,
-        sample=arguments.sample,
-        behaviour=arguments.behaviour,
-        **options,
-    )
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _tell(report: _Report, arguments: argparse.Namespace, *, good: bool) -> None:
+    """Print a report; exit code 1 where not all is well."""
     print(json.dumps(report.to_json(), indent=2) if arguments.json else printable("\n".join(report.lines())))
-    if not report.holds:
+    if not good:
         sys.stdout.flush()
         sys.exit(1)
+
+
+class _Report(Protocol):
+    def to_json(self) -> dict[str, Any]: ...
+
+    def lines(self) -> list[str]: ...
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    if (arguments.second is None) == (not arguments.adapter):
+        raise _UsageError("give a second model B, or the adapter with --adapter (and its base with --base)")
+    if arguments.second is None:
+        _compare_with_adapter(arguments)
+        return
+    from loraweld.page.compare_page import compare_page
     from loraweld.verification.compare import compare
 
-    report = compare(arguments.first, arguments.second)
-    print(json.dumps(report.to_json(), indent=2) if arguments.json else printable("\n".join(report.lines())))
-    if not report.is_equal:
-        sys.stdout.flush()
-        sys.exit(1)
+    sides = arguments.first, arguments.second
+    if arguments.output is None:
+        report = compare(*sides)
+    else:
+        report = compare_page(*sides, output=arguments.output, overwrite=arguments.overwrite)
+    _tell(report, arguments, good=report.is_equal)
+
+
+def _compare_with_adapter(arguments: argparse.Namespace) -> None:
+    """What verify tells, and report draws."""
+    sides = {"base": arguments.base, "adapter": arguments.adapter, **_intended(arguments)}
+    if arguments.output is None:
+        from loraweld.verification.verify import verify
+
+        report = verify(arguments.first, **sides)
+    else:
+        from loraweld.page.report_page import report_page
+
+        page = report_page(arguments.first, output=arguments.output, overwrite=arguments.overwrite, **sides)
+        if page.proof is None:
+            raise RequestError(f"{arguments.first} cannot be compared: {page.unproven}")
+        report = page.proof
+    _tell(report, arguments, good=report.holds)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -212,7 +254,8 @@ def make_parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="an HTML page on what a merge changed",
-        description="Write one HTML page, which needs no network: what was merged, and how much each tensor changed.",
+        description="Write one HTML page, which needs no network: what was merged, how much each tensor changed, and "
+        "what is left of the adapter's change.",
         epilog="example: loraweld report my-model -o report.html",
     )
     _add_report_arguments(report)
@@ -239,35 +282,50 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add = verify.add_argument
     add("output", metavar="OUT", help="folder of the merged model")
-    add(
-        "--base", metavar="BASE", help="folder or Hub id (default: that of loraweld.json, or the one the adapter names)"
-    )
-    add("--adapter", nargs="+", default=[], metavar="ADAPTER", help="what was merged, in order: folders or Hub ids")
     add("--sample", type=float, default=1.0, metavar="F", help="share of the rows to check (default: 1, all of them)")
     add(
         "--behaviour",
         metavar="PROMPTS",
         help="text file, one prompt a line: run base + adapter and the model on them too, and compare their logits",
     )
-    add("--merge-base", metavar="WHICH", help="as given to merge (default: as-given)")
-    add("--expert-layout", metavar="NAME", help="as given to merge (default: auto)")
-    add("--tokenizer", metavar="PATH", help="as given to merge (default: the adapter's, else the base's)")
-    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
-    how = verify.add_argument_group("how they were merged, where loraweld.json does not say")
-    _add_combining_arguments(how)
-    how.add_argument("--rounding", metavar="NAME", help=f"as given to merge (default: {NEAREST})")
+    _add_sides(verify, base="that of loraweld.json, or the one the adapter names")
     add("--json", action="store_true", help="print the report as JSON on stdout")
     verify.set_defaults(run=_verify)
     compare = commands.add_parser(
         "compare",
         help="say how two models differ, tensor by tensor",
-        description="Compare two models by the names of their tensors; exit code 0 if all are equal, 1 if not.",
-        epilog="example: loraweld compare my-base my-model",
+        description="Compare two models by the names of their tensors, or one with base + adapter as verify does; exit "
+        "code 0 if all are equal (or rounded from base + adapter), 1 if not.",
+        epilog="example: loraweld compare my-base my-model -o compare.html",
     )
-    compare.add_argument("first", metavar="A", help="a folder or Hub id")
-    compare.add_argument("second", metavar="B", help="a folder or Hub id")
-    compare.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    add = compare.add_argument
+    add("first", metavar="A", help="a folder or Hub id")
+    add("second", nargs="?", metavar="B", help="a folder or Hub id (default: base + adapter)")
+    add("-o", "--output", metavar="PAGE", help="an HTML page too, as report writes it")
+    add("--overwrite", action="store_true", help="replace a page that exists")
+    _add_sides(compare, base="that of loraweld.json, or the one the adapter names")
+    add("--json", action="store_true", help="print the report as JSON on stdout")
     compare.set_defaults(run=_compare)
+
+
+def _add_sides(parser: argparse.ArgumentParser, *, base: str, adapter: str = "none") -> None:
+    """What a model was merged from, and how."""
+    add = parser.add_argument
+    add("--base", metavar="BASE", help=f"folder or Hub id (default: {base})")
+    add(
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="ADAPTER",
+        help=f"what was merged, in order: folders or Hub ids (default: {adapter})",
+    )
+    add("--merge-base", metavar="WHICH", help="as given to merge (default: as-given)")
+    add("--expert-layout", metavar="NAME", help="as given to merge (default: auto)")
+    add("--tokenizer", metavar="PATH", help="as given to merge (default: the adapter's, else the base's)")
+    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
+    how = parser.add_argument_group("how they were merged, where loraweld.json does not say")
+    _add_combining_arguments(how)
+    how.add_argument("--rounding", metavar="NAME", help=f"as given to merge (default: {NEAREST})")
 
 
 def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -404,9 +462,9 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="the output of a merge, a folder or Hub id")
     add("-o", "--output", default="report.html", metavar="PAGE", help="file for the page (default: %(default)s)")
-    add("--base", metavar="BASE", help="its base, a folder or Hub id (default: the one merged, where it is found)")
+    add("--run", dest="run_file", metavar="FILE", help="what merge --json printed, for the time it took")
     add("--overwrite", action="store_true", help="replace a page that exists")
-    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
+    _add_sides(parser, base="the one merged, where it is found", adapter="those merged, where they are found")
     add("--json", action="store_true", help="print the numbers as JSON on stdout")
     add("--quiet", action="store_true", help="print nothing but errors")
 

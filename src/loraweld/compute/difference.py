@@ -31,15 +31,10 @@ def difference(base: Source, tuned: Source, reader: Reader, dtype: torch.dtype) 
     return delta_NC
 
 
-def squared_norms(base: Source, tuned: Source, reader: Reader) -> tuple[float, float]:
-    """Return ‖tuned − base‖² and ‖base‖², summed in float64 over the decoded numbers, some rows at a time."""
-    change = total = 0.0
+def tiles(base: Source, tuned: Source, reader: Reader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the decoded numbers of both, flat and in float64, some rows at a time."""
     for _, one, other in _tiles(_rowwise(base), _rowwise(tuned), reader):
-        old, new = one.double().view(-1), other.double().view(-1)
-        total += float(torch.dot(old, old))
-        new -= old
-        change += float(torch.dot(new, new))
-    return change, total
+        yield one.double().view(-1), other.double().view(-1)
 
 
 def _rowwise(source: Source) -> Source:

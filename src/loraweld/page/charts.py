@@ -1,4 +1,7 @@
-"""The two charts of the page, as HTML that holds its data; plotly draws them in the browser."""
+"""The two charts of the page, as HTML that holds its data; plotly draws them in the browser.
+
+Each has a trace for every measure, of which one is seen; the page's script shows another.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,16 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from loraweld.page.changes import Cell, TensorChange, cells, percent
+from loraweld.page.changes import Cell, Measure, TensorChange, cells, measures
 
 _ROW_PX, _MARGINS_PX, _LEAST_PX, _MOST_PX = 17, 190, 340, 1600
 _CONFIG: dict[str, Any] = {"displaylogo": False, "displayModeBar": False, "responsive": True}
 # Mid tones, which stand out from white and from black; the page's style colours text and lines.
 _CLEAR = "rgba(0,0,0,0)"
 _BAR = "#2f7fd1"
-_HOVER = {"bgcolor": "#1b2733", "bordercolor": "#1b2733", "font": {"color": "#ffffff"}}
+_HOVER = {"bgcolor": "#1b2733", "bordercolor": "#1b2733", "font": {"color": "#ffffff"}, "align": "left"}
 _SCALE = "Viridis"
-_COLORBAR = {
-    "orientation": "h",
-    "thickness": 12,
-    "tickformat": ".2~%",
-    "title": {"text": "relative change", "side": "top"},
-    "x": 0.5,
-    "y": 1,
-    "yanchor": "bottom",
-    "ypad": 8,
-}
+_COLORBAR = {"orientation": "h", "thickness": 12, "x": 0.5, "y": 1, "yanchor": "bottom", "ypad": 8}
 _NUM_BINS = 40
 
 
@@ -38,58 +32,88 @@ def plotly_script() -> str:
 
 def heat_map(changes: Sequence[TensorChange]) -> str | None:
     """Return the map of layers and modules; None if no tensor of a layer was measured."""
-    found = cells(changes)
-    if not found:
+    known = measures(changes)
+    found = {measure.key: cells(changes, measure) for measure in known}
+    everywhere = [cell for of_measure in found.values() for cell in of_measure]
+    if not everywhere:
         return None
-    kinds = list(dict.fromkeys(cell.kind for cell in found))
-    layers = sorted({cell.layer for cell in found})
-    by_place = {(cell.layer, cell.kind): cell for cell in found}
-    rows = [[by_place.get((layer, kind)) for kind in kinds] for layer in layers]
-    figure = go.Figure(
-        go.Heatmap(
-            z=[[cell.largest if cell else None for cell in row] for row in rows],
-            x=[html.escape(kind) for kind in kinds],
-            y=layers,
-            customdata=[[_hover(cell) if cell else "" for cell in row] for row in rows],
-            hovertemplate="%{customdata}<extra></extra>",
-            hoverongaps=False,
-            colorscale=_SCALE,
-            zmin=0,
-            xgap=1,
-            ygap=1,
-            colorbar=_COLORBAR,
-        )
-    )
+    kinds = list(dict.fromkeys(cell.kind for cell in everywhere))
+    layers = sorted({cell.layer for cell in everywhere})
+    traces = [_map(measure, found[measure.key], kinds, layers, known) for measure in known]
+    _show_first(traces)
+    figure = go.Figure(traces)
     height = min(_MOST_PX, max(_LEAST_PX, len(layers) * _ROW_PX + _MARGINS_PX))
     figure.update_xaxes(tickangle=-45, automargin=True, showgrid=False)
     figure.update_yaxes(title="layer", autorange="reversed", automargin=True, showgrid=False, zeroline=False)
     return _drawn(figure, "heat-map", height)
 
 
+def _map(
+    measure: Measure, found: Sequence[Cell], kinds: Sequence[str], layers: Sequence[int], known: Sequence[Measure]
+) -> go.Heatmap:
+    by_place = {(cell.layer, cell.kind): cell for cell in found}
+    rows = [[by_place.get((layer, kind)) for kind in kinds] for layer in layers]
+    values = [cell.value for cell in found]
+    return go.Heatmap(
+        meta=measure.key,
+        z=[[cell.value if cell else None for cell in row] for row in rows],
+        x=[html.escape(kind) for kind in kinds],
+        y=list(layers),
+        customdata=[[_hover(cell, measure, known) if cell else "" for cell in row] for row in rows],
+        hovertemplate="%{customdata}<extra></extra>",
+        hoverongaps=False,
+        colorscale=_SCALE,
+        zmin=min([0.0, *values]),
+        zmax=measure.top or max(values, default=0.0) or 1.0,
+        xgap=1,
+        ygap=1,
+        colorbar={
+            **_COLORBAR,
+            "tickformat": measure.tick_format,
+            "title": {"text": measure.label.lower(), "side": "top"},
+        },
+    )
+
+
 def histogram(changes: Sequence[TensorChange]) -> str | None:
-    """Return how many tensors changed by how much; None if none of them did."""
-    values = [change.relative_change for change in changes if change.relative_change]
-    if not values:
+    """Return how many tensors have which value, of those that were to change; None if none was."""
+    touched = [change for change in changes if change.is_touched]
+    known = measures(touched)
+    if not known:
         return None
-    figure = go.Figure(
+    traces = [
         go.Histogram(
-            x=values,
+            meta=measure.key,
+            x=[value for change in touched if (value := measure.of(change)) is not None],
             nbinsx=_NUM_BINS,
             marker={"color": _BAR},
             hovertemplate="%{y} tensors at %{x}<extra></extra>",
         )
-    )
+        for measure in known
+    ]
+    _show_first(traces)
+    figure = go.Figure(traces)
     figure.update_layout(bargap=0.05)
-    figure.update_xaxes(title="relative change", tickformat=".2~%", automargin=True, showgrid=False)
+    first = known[0]
+    figure.update_xaxes(title=first.label.lower(), tickformat=first.tick_format, automargin=True, showgrid=False)
     figure.update_yaxes(title="tensors", automargin=True, rangemode="tozero", gridcolor="rgba(128,128,128,0.3)")
     return _drawn(figure, "histogram", _LEAST_PX)
 
 
-def _hover(cell: Cell) -> str:
+def _show_first(traces: Sequence[Any]) -> None:
+    for number, trace in enumerate(traces):
+        trace.visible, trace.showlegend = number == 0, False
+
+
+def _hover(cell: Cell, measure: Measure, known: Sequence[Measure]) -> str:
     """What plotly shows of a cell: it reads a few HTML tags, so that names are escaped."""
-    lines = [f"<b>{html.escape(cell.tensor)}</b>", f"relative change {percent(cell.largest)}"]
+    lines = [f"<b>{html.escape(cell.change.tensor)}</b>"]
+    for one in (measure, *(other for other in known if other is not measure)):
+        value = one.of(cell.change)
+        if value is not None:
+            lines.append(f"{one.label.lower()} {one.show(value)}")
     if cell.num_tensors > 1:
-        lines.append(f"the largest of {cell.num_tensors} tensors")
+        lines.insert(1, f"the worst of {cell.num_tensors} tensors")
     return "<br>".join(lines)
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.adapter.config import CONFIG_NAME
+from loraweld.adapter.files import open_adapter
 from loraweld.checkpoint.base import Base, open_base
 from loraweld.checkpoint.hub import known_config, locate_base
 from loraweld.checkpoint.jsonfile import read_json_object
-from loraweld.errors import CheckpointError, RequestError
-from loraweld.page.changes import TensorChange, places
+from loraweld.errors import CheckpointError, LoraweldError, RequestError
+from loraweld.naming.places import places
+from loraweld.page.changes import TensorChange
 from loraweld.planning.merge_plan import MERGED_FOLDER, RECORD_NAME
+from loraweld.record import file_sha256
 
 # What a record holds, as far as the page reads it; elements of the lists in the second table are objects.
 _RECORD_TYPES: dict[str, type] = {
@@ -42,42 +45,88 @@ class PageFacts:
     """Everything that the page shows, but for the numbers of the tensors.
 
     `record` is loraweld.json, empty if the folder has none. `model` is None where the output holds no weights that are
-    read (GGUF files); `base` is None where it was not found, and `reason` says why nothing is compared.
+    read (GGUF files). `found` is the base where it was found, `base` the same unless it cannot be compared as it is;
+    `reason` says why nothing is. `adapters` are the folders of those that were merged, where they were found.
     """
 
-    title: str
+    heading: str
     record: Mapping[str, Any]
     files: tuple[ListedFile, ...]
     model: Base | None
     base: Base | None
     reason: str
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    found: Base | None = None
+    adapters: tuple[Path, ...] = ()
+    is_comparison: bool = False
 
 
 def gather_page_facts(output: str, *, base: str | None, token: str | bool | None = None) -> PageFacts:
-    """Open an output, its record and, where it is to be found, its base.
+    """Open an output, its record and, where they are to be found, its base and adapters.
 
     Raises:
         CheckpointError: neither a model nor a merge's output, or damaged; `base` was given and is not to be had.
         RequestError: the folder holds an adapter.
     """
-    folder = locate_base(output, token=token).folder
+    folder, record, model = _open(output, token)
+    found, reason, warnings = _find_base(folder, record, base, token)
+    if model is None:
+        reason = "The output holds no weights that are read here."
+    elif found is not None and _num_layers(found) != _num_layers(model):
+        counts = f"The base has {_num_layers(found)} layers, the output {_num_layers(model)}"
+        reason = f"{counts}: layer by layer they are not the same ones."
+    return PageFacts(
+        heading=f"{folder.resolve().name}: what the merge changed",
+        record=record,
+        files=tuple(_files(folder)),
+        model=model,
+        base=None if reason else found,
+        reason=reason,
+        warnings=warnings,
+        found=found,
+        adapters=_find_adapters(folder, record),
+    )
+
+
+def gather_compared(first: str, second: str) -> PageFacts:
+    """Open two models that are compared; the second takes the place of the output.
+
+    Raises:
+        CheckpointError: one of them is no model, or damaged.
+    """
+    base, (folder, record, model) = _open(first, None)[2], _open(second, None)
+    missing = next((name for name, side in ((first, base), (second, model)) if side is None), None)
+    return PageFacts(
+        heading=f"{_shown(second)} compared with {_shown(first)}",
+        record=record,
+        files=tuple(_files(folder)),
+        model=model,
+        base=base,
+        reason="" if missing is None else f"{missing} holds no weights that are read here.",
+        is_comparison=True,
+    )
+
+
+def _shown(name: str) -> str:
+    """A local folder by its last part, since pages are sent around."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else name
+
+
+def base_name(base: Base) -> str:
+    """Return what a page calls a base."""
+    return _shown(base.label)
+
+
+def _open(name: str, token: str | bool | None) -> tuple[Path, Mapping[str, Any], Base | None]:
+    """Return the folder of a model, its record and its weights."""
+    folder = locate_base(name, token=token).folder
     if (folder / CONFIG_NAME).exists():
         raise RequestError(f"{folder} is an adapter; a report is of a model, and compares it with its base")
     record_path = folder / RECORD_NAME
     record = read_json_object(record_path) if record_path.exists() else {}
     _check_record(record, record_path)
-    model = _open_model(folder, record)
-    found, reason, warnings = _compared(folder, model, record, base, token)
-    return PageFacts(
-        title=folder.resolve().name,
-        record=record,
-        files=tuple(_files(folder)),
-        model=model,
-        base=found,
-        reason=reason,
-        warnings=warnings,
-    )
+    return folder, record, _open_model(folder, record)
 
 
 def unmeasured(model: Base) -> tuple[TensorChange, ...]:
@@ -109,19 +158,6 @@ def _open_model(folder: Path, record: Mapping[str, Any]) -> Base | None:
         return open_base(folder)
     merged = folder / MERGED_FOLDER
     return open_base(merged) if merged.is_dir() else None
-
-
-def _compared(
-    folder: Path, model: Base | None, record: Mapping[str, Any], given: str | None, token: str | bool | None
-) -> tuple[Base | None, str, tuple[str, ...]]:
-    """The base that the output can be compared with, or why there is none; and what has to be said of it."""
-    if model is None:
-        return None, "The output holds no weights that are read here.", ()
-    base, reason, warnings = _find_base(folder, record, given, token)
-    if base is None or _num_layers(base) == _num_layers(model):
-        return base, reason, warnings
-    counts = f"The base has {_num_layers(base)} layers, the output {_num_layers(model)}"
-    return None, f"{counts}: layer by layer they are not the same ones.", warnings
 
 
 def _find_base(
@@ -162,6 +198,26 @@ def _open_if_there(place: Path, *, label: str) -> Base | None:
         return open_base(place, label=label) if place.is_dir() else None
     except CheckpointError:
         return None
+
+
+def _find_adapters(folder: Path, record: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The adapters of the record, each known by its hash, beside the output or in the current folder; () if one is
+    not there."""
+    found = [_find_adapter(folder, named) for named in record.get("adapters") or ()]
+    return tuple(path for path in found if path is not None) if None not in found else ()
+
+
+def _find_adapter(folder: Path, named: Mapping[str, Any]) -> Path | None:
+    name = str(named.get("name") or "")
+    if Path(name).name != name:
+        return None
+    for place in _likely_places(folder, name, None):
+        try:
+            if file_sha256(open_adapter(place).weights) == named.get("sha256"):
+                return place
+        except (LoraweldError, OSError):  # a folder of that name may be anything
+            continue
+    return None
 
 
 def _has_headers(base: Base, named: Mapping[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 
@@ -11,22 +10,23 @@ import torch
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
-from loraweld.checkpoint.stored import StoredTensor, same_bytes
-from loraweld.compute.difference import squared_norms
-from loraweld.dtypes import is_plain_float
+from loraweld.naming.places import Place, places
 from loraweld.naming.tied import find_ties
-from loraweld.page.changes import Place, TensorChange, places
+from loraweld.page.changes import TensorChange
+from loraweld.verification.compare import CHANGED, Sums, TensorDifference, difference
 
 Progress = Callable[[int], None]
 
 
-def measure(base: Base, output: Base, progress: Progress) -> tuple[TensorChange, ...]:
-    """Return the change of each tensor of `output`, in its order.
+def measure(
+    base: Base, output: Base, progress: Progress, *, known: Mapping[str, TensorChange] | None = None
+) -> tuple[TensorChange, ...]:
+    """Return the change of each tensor of `output`, in its order; of those in `known` it is known already.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
-    old = with_ties(base)
+    old, known = with_ties(base), known or {}
     where = places(list(output.tensors))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same bits on any machine
@@ -34,7 +34,7 @@ def measure(base: Base, output: Base, progress: Progress) -> tuple[TensorChange,
         with closing(Reader()) as reader:
             found = []
             for name, source in output.tensors.items():
-                found.append(_measured(name, where[name], old.get(name), source, reader))
+                found.append(known.get(name) or _measured(name, where[name], old.get(name), source, reader))
                 progress(source.stored_bytes)
             return tuple(found)
     finally:
@@ -48,25 +48,18 @@ def with_ties(base: Base) -> Mapping[str, Source]:
 
 
 def _measured(name: str, place: Place, old: Source | None, new: Source, reader: Reader) -> TensorChange:
-    change, note = _relative_change(old, new, reader)
-    return TensorChange(
-        tensor=name, layer=place.layer, module=place.module, shape=new.shape, relative_change=change, note=note
-    )
-
-
-def _relative_change(old: Source | None, new: Source, reader: Reader) -> tuple[float | None, str]:
     if old is None:
-        return None, "not in the base"
-    if old.shape != new.shape:
-        return None, f"{' × '.join(map(str, old.shape))} in the base"
-    if isinstance(old, StoredTensor) and isinstance(new, StoredTensor) and same_bytes(old, new):
-        return 0.0, "same bytes"
-    if not all(new.shape):
-        return 0.0, "empty"
-    if not (is_plain_float(old.dtype) and is_plain_float(new.dtype)):
-        return None, "not floating point, and not the same"
-    squared_change, squared_base = squared_norms(old, new, reader)
-    if squared_base == 0:
-        return (0.0, "") if squared_change == 0 else (None, "zero in the base")
-    ratio = math.sqrt(squared_change / squared_base)
-    return (ratio, "") if math.isfinite(ratio) else (None, "not finite")
+        return told(name, place, new, TensorDifference(tensor=name, what="not in the base"))
+    return told(name, place, new, difference(name, old, new, reader, Sums()))
+
+
+def told(name: str, place: Place, new: Source, found: TensorDifference | None) -> TensorChange:
+    """Return how a tensor differs as the page shows it; None: it does not."""
+    return TensorChange(
+        tensor=name,
+        layer=place.layer,
+        module=place.module,
+        shape=new.shape,
+        relative_change=found.relative if found else 0.0,
+        note=found.what if found and found.what != CHANGED else "",
+    )

@@ -15,17 +15,18 @@ from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.hub import locate_base
 from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor, same_bytes
-from loraweld.compute.codecs.decoder import open_decoder
+from loraweld.compute.difference import tiles
 from loraweld.dtypes import is_plain_float
 from loraweld.request import PathLike
-from loraweld.verification.expected import strips
 
 _SHOWN = 20
+CHANGED = "values"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorDifference:
-    """One tensor that differs. `relative`: ‖B - A‖ / ‖A‖; `largest`: max |B - A|; None where the shapes differ."""
+    """One tensor that differs. `relative`: ‖B - A‖ / ‖A‖; `largest`: max |B - A|; None where there is no such number,
+    and `what` says why."""
 
     tensor: str
     what: str
@@ -96,10 +97,10 @@ def compare(first: PathLike, second: PathLike) -> CompareReport:
     """
     started = time.monotonic()
     one, other = (_open(name) for name in (first, second))
-    sums, reader = _Sums(), Reader()
+    sums, reader = Sums(), Reader()
     try:
         common = [name for name in one.tensors if name in other.tensors]
-        found = [_difference(name, one.tensors[name], other.tensors[name], reader, sums) for name in common]
+        found = [difference(name, one.tensors[name], other.tensors[name], reader, sums) for name in common]
     finally:
         reader.close()
     differing = tuple(difference for difference in found if difference is not None)
@@ -110,7 +111,7 @@ def compare(first: PathLike, second: PathLike) -> CompareReport:
         differing=differing,
         missing=tuple(name for name in one.tensors if name not in other.tensors),
         extra=tuple(name for name in other.tensors if name not in one.tensors),
-        relative=math.sqrt(sums.difference / sums.first) if sums.first else math.sqrt(sums.difference),
+        relative=sums.relative,
         seconds=time.monotonic() - started,
     )
 
@@ -121,7 +122,7 @@ def _open(name: PathLike) -> Base:
 
 
 @dataclass(slots=True)
-class _Sums:
+class Sums:
     """Of squares: the first model, the second, their difference; and their products."""
 
     first: float = 0.0
@@ -130,45 +131,47 @@ class _Sums:
     product: float = 0.0
     largest: float = 0.0
 
+    @property
+    def relative(self) -> float:
+        """‖B - A‖ / ‖A‖, ‖B‖ where A is zero."""
+        return math.sqrt(self.difference / self.first) if self.first else math.sqrt(self.difference)
+
     def add(self, one: torch.Tensor, other: torch.Tensor) -> None:
         self.first += float(one.square().sum())
         self.second += float(other.square().sum())
         self.difference += float((other - one).square().sum())
         self.product += float((one * other).sum())
-        self.largest = max(self.largest, float((other - one).abs().max()))
+        self.largest = max(self.largest, float((other - one).abs().max())) if one.numel() else self.largest
 
 
-def _difference(name: str, one: Source, other: Source, reader: Reader, total: _Sums) -> TensorDifference | None:
+def difference(name: str, one: Source, other: Source, reader: Reader, total: Sums) -> TensorDifference | None:
+    """Return how two weights differ, None if they do not; what is summed over their elements is added to `total`."""
     if one.shape != other.shape:
-        return TensorDifference(tensor=name, what=f"shape {one.shape} and {other.shape}")
+        return TensorDifference(tensor=name, what=f"shape {_sizes(one)} and {_sizes(other)}")
     if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):
         same = same_bytes(one, other)
         if same or not (is_plain_float(one.dtype) and is_plain_float(other.dtype)):
             return None if same else TensorDifference(tensor=name, what=f"other bytes ({one.dtype}, {other.dtype})")
-    sums = _values(one, other, reader)
+    sums = Sums()
+    for first, second in tiles(one, other, reader):
+        sums.add(first, second)
     total.first += sums.first
     total.difference += sums.difference
     if not sums.difference and one.dtype == other.dtype:
         return None
+    if not math.isfinite(sums.difference):
+        return TensorDifference(tensor=name, what="not finite")
+    if sums.difference and not sums.first:
+        return TensorDifference(tensor=name, what="was zero")
     length = math.sqrt(sums.first * sums.second)
     return TensorDifference(
         tensor=name,
-        what="values" if sums.difference else f"dtype {one.dtype} and {other.dtype}, equal values",
-        relative=math.sqrt(sums.difference / sums.first) if sums.first else math.sqrt(sums.difference),
+        what=CHANGED if sums.difference else f"dtype {one.dtype} and {other.dtype}, equal values",
+        relative=math.sqrt(sums.difference / sums.first) if sums.first else 0.0,
         largest=sums.largest,
         cosine=sums.product / length if length else 0.0,
     )
 
 
-def _values(one: Source, other: Source, reader: Reader) -> _Sums:
-    """Return the sums over all elements, read by the rows of the side that has fewer of them."""
-    sums, sides = _Sums(), (one, other)
-    common = max(1, min(side.rows for side in sides))
-    each = [side.rows // common for side in sides]
-    rows = [open_decoder(side, reader).rows(0, side.rows) for side in sides]
-    for top, bottom in strips(common, max(1, math.prod(one.shape) // common)):
-        first, second = (
-            read.read(top * n, bottom * n).double().reshape(-1) for read, n in zip(rows, each, strict=True)
-        )
-        sums.add(first, second)
-    return sums
+def _sizes(source: Source) -> str:
+    return " × ".join(map(str, source.shape))

@@ -116,24 +116,69 @@ class Expected:
     def rounded_often(self, top: int, bottom: int, dtype: str, *, changes: bool) -> Block:
         """Return rows as PEFT makes them: rounded to `dtype` after each edit and, with `changes`, each change before.
 
-        DoRA's change is never rounded by itself. Float32 may take either neighbour each time: that is noise here.
+        Float32 may take either neighbour each time: that is noise here.
         """
-        exact, values = self.block(top, bottom), self.base(top, bottom)
-        noise = exact.noise
-        for edit, step in zip(self.recipe.edits, self.steps, strict=True):
-            change = step.apply(values, exact.base, top) - values
-            if changes and not isinstance(edit, Dora):
-                noise = noise + quanta(change, dtype)
-                change = nearest(change, dtype)
-            values = nearest(values + change, dtype)
-            if step is not self.steps[-1]:
-                noise = noise + quanta(values, dtype)
-        return Block(top, exact.base, values, noise)
+        exact = self.block(top, bottom)
+        chain = _Chain(self, exact, dtype, changes)
+        for number in range(len(self.steps)):
+            chain.merge(number)
+        return Block(top, exact.base, chain.values, chain.noise)
 
     def column(self, col: int) -> Tensor:
         """Return exact - base of one column, (N,)."""
         blocks = (self.block(top, bottom) for top, bottom in strips(self.rows, self.cols))
         return torch.cat([(block.exact - block.base)[:, col] for block in blocks])
+
+
+class _Chain:
+    """Rows as PEFT merges adapters into them, one after the other.
+
+    The norms of DoRA are of the unedited weight. PEFT holds only the edited one, so that before a DoRA it takes all
+    earlier adapters off again, and puts them back on afterwards: each time rounded, and it goes on with what comes of
+    it. DoRA's own change is never rounded by itself.
+    """
+
+    def __init__(self, expected: Expected, exact: Block, dtype: str, changes: bool) -> None:
+        self.values, self.noise = exact.base, exact.noise
+        self._edits, self._steps = expected.recipe.edits, expected.steps
+        self._top, self._dtype, self._changes = exact.top, dtype, changes
+        self._bases: dict[int, Tensor] = {}  # what the norms of a merged adapter are of
+        self._last: Tensor | float = 0.0  # the steps of the last rounding, which is no noise yet
+
+    def merge(self, number: int) -> None:
+        """Apply an edit."""
+        has_norms = isinstance(self._edits[number], Dora)
+        self._apply(number, self._unmerged(number) if has_norms else self.values)
+
+    def _unmerged(self, number: int) -> Tensor:
+        """Return the weight without its earlier edits, as PEFT recovers it."""
+        for earlier in reversed(range(number)):
+            self._round(self._without(earlier))
+        base = self.values
+        for earlier in range(number):
+            self._apply(earlier, base)
+        return base
+
+    def _apply(self, number: int, base: Tensor) -> None:
+        change = self._steps[number].apply(self.values, base, self._top) - self.values
+        if self._changes and not isinstance(self._edits[number], Dora):
+            self.noise = self.noise + quanta(change, self._dtype)
+            change = nearest(change, self._dtype)
+        self._bases[number] = base
+        self._round(self.values + change)
+
+    def _without(self, number: int) -> Tensor:
+        """Return the values before an edit v → f·v + c of each row, whose change PEFT rounds if f is 1."""
+        step, base = self._steps[number], self._bases[number]
+        at_0, at_1 = (step.apply(torch.full_like(self.values, v), base, self._top) for v in (0.0, 1.0))
+        if isinstance(self._edits[number], Dora):
+            return (self.values - at_0) / (at_1 - at_0)
+        return self.values - nearest(at_0, self._dtype)
+
+    def _round(self, values: Tensor) -> None:
+        self.noise = self.noise + self._last
+        self.values = nearest(values, self._dtype)
+        self._last = quanta(self.values, self._dtype)
 
 
 def _largest(values: Tensor, base: Tensor) -> Tensor:

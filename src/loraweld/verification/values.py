@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from loraweld.dtypes import is_plain_float
 from loraweld.planning.merge_plan import Recipe
 from loraweld.verification.diagnosis import Candidate, Suspect, diagnose
 from loraweld.verification.expected import Block, Expected, strips
-from loraweld.verification.findings import Finding, Retention, TensorResult
+from loraweld.verification.findings import ChangeSums, Finding, Retention, TensorResult
 from loraweld.verification.numbers import nearest, quanta
 
 _PIECE_BYTES = 4 << 20
@@ -41,15 +41,15 @@ class Sums:
     stretch: float = 0.0  # (S - E)·E
     moved: float = 0.0  # (S - W)²
     along: float = 0.0  # (S - W)·Δ
-    asked: int = 0  # elements with Δ ≠ 0
-    lost: int = 0  # of these, those with S = W
+    asked: int = 0  # elements with Δ ≠ 0 of which it is known what W alone would be stored as
+    lost: int = 0  # of these, those with that value
     misrounded: int = 0
     steps: float = 0.0
     bad: int = 0
     bad_rows: list[int] = field(default_factory=list)
 
-    def add(self, block: Block, stored: Tensor) -> None:
-        """Count some rows."""
+    def add(self, block: Block, stored: Tensor, unchanged: Tensor | None) -> None:
+        """Count some rows; `unchanged` is what W alone would be stored as, where that is known."""
         change, moved, error = block.exact - block.base, stored - block.base, stored - block.exact
         self.elements += stored.numel()
         self.weight += _dot(block.base, block.base)
@@ -59,9 +59,10 @@ class Sums:
         self.stretch += _dot(error, block.exact)
         self.moved += _dot(moved, moved)
         self.along += _dot(moved, change)
-        asked = change != 0
-        self.asked += int(asked.sum())
-        self.lost += int((asked & (moved == 0)).sum())
+        if unchanged is not None:
+            asked = change != 0
+            self.asked += int(asked.sum())
+            self.lost += int((asked & (stored == unchanged)).sum())
 
     def add_steps(self, stored: Tensor, block: Block, rounded: Tensor, dtype: str) -> None:
         """Count the distances from the exact values of a block, in steps of `dtype`; `rounded` are its values there."""
@@ -86,17 +87,12 @@ class Sums:
         return math.sqrt(self.error / self.exact) if self.exact else math.sqrt(self.error)
 
     @property
+    def of_change(self) -> ChangeSums:
+        return ChangeSums(**{one.name: getattr(self, one.name) for one in fields(ChangeSums)})
+
+    @property
     def retention(self) -> Retention | None:
-        if not self.change:
-            return None
-        length = math.sqrt(self.change * self.moved)
-        return Retention(
-            change=math.sqrt(self.change / self.weight) if self.weight else math.inf,
-            error=math.sqrt(self.error / self.change),
-            kept=self.along / self.change,
-            lost=self.lost / max(1, self.asked),
-            cosine=self.along / length if length else 0.0,
-        )
+        return self.of_change.retention
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
@@ -141,7 +137,7 @@ class Checker:
         encoded = not isinstance(stored, StoredTensor)
         for top, bottom in strips(expected.rows, expected.cols, self.sample):
             block, values = expected.block(top, bottom), read(top, bottom)
-            sums.add(block, values)
+            sums.add(block, values, _unchanged(block.base, recipe.source, stored))
             if encoded:
                 self._add_encoded(sums, block, values, stored)
             else:
@@ -159,7 +155,8 @@ class Checker:
             steps=sums.steps,
             misrounded=sums.share,
             relative_error=sums.relative_error,
-            retention=sums.retention if recipe.edits else None,
+            sums=sums.of_change,
+            stored=stored.name,
         )
         if not problem:
             return result, []
@@ -246,6 +243,15 @@ class Checker:
             bad_rows=tuple(sums.bad_rows),
         )
         return diagnose(suspect, self.others(expected.recipe), self.reader)
+
+
+def _unchanged(base: Tensor, source: Source, stored: Source) -> Tensor | None:
+    """Return what the base's rows alone would be stored as; None where codes would have to be made to know it."""
+    if isinstance(stored, StoredTensor):
+        return base if source.dtype == stored.dtype else nearest(base, stored.dtype)
+    if isinstance(source, StoredTensor) or source.encoding.kind != stored.encoding.kind:
+        return None
+    return base
 
 
 def _spread(rows: int) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,16 +66,33 @@ def verify(
     check_sample(sample)
     prompts = _prompts(behaviour)
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
-    opened = open_output(Path(output))
-    record = read_record(opened.folder)
+    folder = Path(output)
+    opened, intended = open_sides(folder, read_record(folder), base=base, adapters=adapters, options=options)
+    trial = prepare_trial(opened, intended, prompts) if prompts else None
+    report = verify_opened(opened, intended, sample=sample, progress=progress, started=started)
+    return _tried(report, trial, started) if trial else report
+
+
+def open_sides(
+    folder: Path,
+    record: Mapping[str, Any],
+    *,
+    base: PathLike | None,
+    adapters: Sequence[PathLike],
+    options: Mapping[str, Any],
+) -> tuple[Opened, Intended]:
+    """Open an output, with what is wrong with its files and inputs as findings, and plan what it should be.
+
+    Raises:
+        LoraweldError: there is no model, or base and adapters do not fit each other.
+    """
+    opened = open_output(folder)
     try:
         intended, findings = intend(opened, record, base=base, adapters=adapters, options=options)
     except OSError as error:
         raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
     opened.findings += findings
-    trial = prepare_trial(opened, intended, prompts) if prompts else None
-    report = verify_opened(opened, intended, sample=sample, progress=progress, started=started)
-    return _tried(report, trial, started) if trial else report
+    return opened, intended
 
 
 def _prompts(path: PathLike | None) -> list[str]:
