@@ -73,7 +73,7 @@ llama-cpp: $(STAMPS)/torch
 	$(PIP) llama-cpp-python
 
 clean:
-	rm -rf $(VENV) fuzz/grown demo-output build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf $(VENV) fuzz/grown demo-output build dist site published .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 		.import_linter_cache
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -16,6 +16,7 @@ The parts:
     to-nf4    16 bit → NF4                                            8B: 22 GB
     quantise  the NF4 encoder, against bitsandbytes                   4 GB of memory
     hub       a base of 10 GB streamed in and pushed out, disk and memory looked at
+    items     what work costs by its kind, of which sizings are made   4 GB
     codecs    decoding and encoding of every encoding, against the library that has it
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 import codec_parts
 import from_nf4
 import hub
+import item_costs
 import plain
 import startup
 import to_nf4
@@ -46,6 +48,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
     "codecs": codec_parts.codecs,
     "startup": startup.measured,
     "hub": hub.measured,
+    "items": item_costs.measured,
 }
 
 

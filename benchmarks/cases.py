@@ -134,6 +134,7 @@ BASES = {
     "bf16": ["synthetic.py", "base", "{folder}", "{shape}"],
     "hollow": ["synthetic.py", "base", "{folder}", "{shape}", "--hollow"],
     "nf4": ["synthetic_nf4.py", "{folder}", "{shape}"],
+    "fp8": ["synthetic_fp8.py", "{folder}", "{shape}"],
 }
 
 

@@ -26,7 +26,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 WEIGHT_STD = 0.02
 DELTA_RMS = 5e-4  # what fine-tuning leaves is about 2e-4 to 1e-3
 BF16_ONE = 0x3F80
-ITEM_BYTES = {"U8": 1, "BF16": 2, "F32": 4}
+ITEM_BYTES = {"U8": 1, "F8_E4M3": 1, "BF16": 2, "F32": 4}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -60,6 +60,14 @@ class Shape:
     rope_factor: float | None = None  # of Llama 3's rope scaling
 
 
+# Layers of Llama-3.1-8B with a small vocabulary: what one more layer costs is the difference of two.
+LAYERS = {
+    f"{layers} layers": Shape(
+        hidden=4096, intermediate=14336, layers=layers, heads=32, kv_heads=8, head_dim=128, vocab=4096,
+        tied=False, rope_factor=8.0,
+    )
+    for layers in (1, 5)
+}  # fmt: skip
 SHAPES = {
     "0.1B": Shape(
         hidden=768, intermediate=2048, layers=12, heads=12, kv_heads=4, head_dim=64, vocab=32000, tied=False
@@ -80,6 +88,7 @@ SHAPES = {
         hidden=6656, intermediate=17920, layers=60, heads=52, kv_heads=52, head_dim=128, vocab=32000,
         tied=False,
     ),
+    **LAYERS,
 }  # fmt: skip
 
 
@@ -114,8 +123,10 @@ def write_small_files(folder: Path, shards: Mapping[str, Tensors], config: Mappi
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
 
 
-def write_adapter(folder: Path, base: Path, shape: str, rank: int, *, dtype: str = "F32") -> None:
-    """Write a LoRA on all seven projections into a new folder, as PEFT saves it.
+def write_adapter(
+    folder: Path, base: Path, shape: str, rank: int, *, dtype: str = "F32", only: Sequence[str] = PROJECTIONS
+) -> None:
+    """Write a LoRA on all seven projections, or some of them, into a new folder, as PEFT saves it.
 
     Args:
         folder: created; must not exist.
@@ -123,9 +134,12 @@ def write_adapter(folder: Path, base: Path, shape: str, rank: int, *, dtype: str
         shape: a key of `SHAPES`.
         rank: of every A and B; alpha is twice that.
         dtype: "F32", as PEFT trains, or "BF16".
+        only: the projections that it trains.
     """
     folder.mkdir(parents=True)
-    tensors = adapter_tensors(SHAPES[shape], rank, dtype)
+    tensors = {
+        key: stored for key, stored in adapter_tensors(SHAPES[shape], rank, dtype).items() if key.split(".")[-3] in only
+    }
     rng = np.random.default_rng(1)
     with (folder / "adapter_model.safetensors").open("wb") as file:
         write_header(file, tensors, sorted(tensors))
@@ -133,7 +147,7 @@ def write_adapter(folder: Path, base: Path, shape: str, rank: int, *, dtype: str
             values = rng.standard_normal(math.prod(tensors[key].shape), dtype=np.float32)
             values *= adapter_std(key, tensors, rank)
             file.write((values if dtype == "F32" else to_bf16(values)).data)
-    write_json(folder / "adapter_config.json", adapter_json(base, rank))
+    write_json(folder / "adapter_config.json", {**adapter_json(base, rank), "target_modules": list(only)})
 
 
 class RandomWeights:
@@ -307,6 +321,7 @@ def parse_args() -> argparse.Namespace:
     adapter.add_argument("shape", choices=SHAPES)
     adapter.add_argument("rank", type=int)
     adapter.add_argument("--dtype", choices=["F32", "BF16"], default="F32", help="default F32")
+    adapter.add_argument("--only", nargs="+", choices=PROJECTIONS, default=PROJECTIONS, help="default: all seven")
     return parser.parse_args()
 
 
@@ -316,7 +331,7 @@ def main() -> None:
     if args.command == "base":
         write_base(args.folder, args.shape, hollow=args.hollow)
     else:
-        write_adapter(args.folder, args.base, args.shape, args.rank, dtype=args.dtype)
+        write_adapter(args.folder, args.base, args.shape, args.rank, dtype=args.dtype, only=args.only)
 
 
 if __name__ == "__main__":

@@ -71,13 +71,28 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from loraweld.api import plan_request
+    from loraweld.execute.sizing import make_machines, size_plan
     from loraweld.report import plan_lines
 
-    made, _ = plan_request(_request(arguments))
+    request, rates = _request(arguments), _rates(arguments)
+    try:
+        machines = make_machines(**rates)
+    except RequestError as error:
+        raise _UsageError(str(error)) from None
+    made, _ = plan_request(request)
+    sizing = size_plan(made, machines, arguments.machines) if arguments.machines else None
     if arguments.json:
-        print(json.dumps(made.to_json(), indent=2))
+        print(json.dumps(made.to_json() | ({"sizing": sizing.to_json()} if sizing else {}), indent=2))
     elif not arguments.quiet:
-        print(printable("\n".join(plan_lines(made))))
+        print(printable("\n".join([*plan_lines(made), *(sizing.lines() if sizing else [])])))
+
+
+def _rates(arguments: argparse.Namespace) -> dict[str, str]:
+    names = ("network_bandwidth", "disk_bandwidth", "store_bandwidth")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if given and not arguments.machines:
+        raise _UsageError(f"{next(iter(given))} has no effect without machines; say how many, e.g. --machines 1 8 64")
+    return given
 
 
 def _extract(arguments: argparse.Namespace) -> None:
@@ -242,6 +257,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="example: loraweld plan my-adapter -o my-model --json",
     )
     _add_merge_arguments(plan)
+    _add_sizing_arguments(plan.add_argument_group("how long it would take on many machines"))
     plan.set_defaults(run=_plan)
     extract = commands.add_parser(
         "extract",
@@ -432,6 +448,20 @@ def _add_combining_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"how ties elects signs: {' or '.join(MAJORITY_SIGN_METHODS)} (default: total)",
     )
+
+
+def _add_sizing_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--machines",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="print the time on so many machines, each with --workers threads, and what is slowest; several numbers",
+    )
+    add("--network-bandwidth", metavar="RATE", help="of a machine, each way, e.g. 2GB or 10Gbit (default: 10Gbit)")
+    add("--disk-bandwidth", metavar="RATE", help="if each writes to a disk of its own (default: over the network)")
+    add("--store-bandwidth", metavar="RATE", help="what all together read and write at most (default: no limit)")
 
 
 def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
