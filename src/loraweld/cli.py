@@ -219,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Say what a base, an adapter or an output is, from headers alone.",
         epilog="example: loraweld inspect my-adapter",
     )
-    inspect.add_argument("path", metavar="PATH", help="a folder, or a Hub id")
+    inspect.add_argument("path", metavar="PATH", help="a folder, a Hub id or a URL")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
     return parser
@@ -233,11 +233,19 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="example: loraweld verify my-model --base my-base --adapter my-adapter",
     )
     add = verify.add_argument
-    add("output", metavar="OUT", help="folder of the merged model")
+    add("output", metavar="OUT", help="the merged model, a folder or URL")
     add(
-        "--base", metavar="BASE", help="folder or Hub id (default: that of loraweld.json, or the one the adapter names)"
+        "--base",
+        metavar="BASE",
+        help="folder, Hub id or URL (default: that of loraweld.json, or the one the adapter names)",
     )
-    add("--adapter", nargs="+", default=[], metavar="ADAPTER", help="what was merged, in order: folders or Hub ids")
+    add(
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="ADAPTER",
+        help="what was merged, in order: folders, Hub ids or URLs",
+    )
     add("--sample", type=float, default=1.0, metavar="F", help="share of the rows to check (default: 1, all of them)")
     add("--merge-base", metavar="WHICH", help="as given to merge (default: as-given)")
     add("--expert-layout", metavar="NAME", help="as given to merge (default: auto)")
@@ -252,17 +260,17 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Compare two models by the names of their tensors; exit code 0 if all are equal, 1 if not.",
         epilog="example: loraweld compare my-base my-model",
     )
-    compare.add_argument("first", metavar="A", help="a folder or Hub id")
-    compare.add_argument("second", metavar="B", help="a folder or Hub id")
+    compare.add_argument("first", metavar="A", help="a folder, Hub id or URL")
+    compare.add_argument("second", metavar="B", help="a folder, Hub id or URL")
     compare.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     compare.set_defaults(run=_compare)
 
 
 def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("adapter", nargs="+", metavar="ADAPTER", help="PEFT adapter, a folder or Hub id; several are combined")
+    add("adapter", nargs="+", metavar="ADAPTER", help="PEFT adapter, a folder, Hub id or URL; several are combined")
     add("-o", "--output", metavar="OUT", help="folder for the model; it appears when complete")
-    add("--base", metavar="BASE", help="base model, a folder or Hub id (default: the one the adapter names)")
+    add("--base", metavar="BASE", help="base model, a folder, Hub id or URL (default: the one the adapter names)")
     add(
         "--save-method",
         default="merged_16bit",
@@ -359,8 +367,8 @@ def _add_combining_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--base", required=True, metavar="BASE", help="the model to start from, a folder or Hub id")
-    add("--tuned", required=True, metavar="MODEL", help="the model to come to, a folder or Hub id")
+    add("--base", required=True, metavar="BASE", help="the model to start from, a folder, Hub id or URL")
+    add("--tuned", required=True, metavar="MODEL", help="the model to come to, a folder, Hub id or URL")
     add("-o", "--output", required=True, metavar="ADAPTER", help="folder for the adapter; it appears when complete")
     add("--rank", type=int, default=16, metavar="R", help="largest rank of a module (default: %(default)s)")
     add(
@@ -383,9 +391,9 @@ def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="the output of a merge, a folder or Hub id")
+    add("model", metavar="MODEL", help="the output of a merge, a folder, Hub id or URL")
     add("-o", "--output", default="report.html", metavar="PAGE", help="file for the page (default: %(default)s)")
-    add("--base", metavar="BASE", help="its base, a folder or Hub id (default: the one merged, where it is found)")
+    add("--base", metavar="BASE", help="its base, a folder, Hub id or URL (default: the one merged, where it is found)")
     add("--overwrite", action="store_true", help="replace a page that exists")
     add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
     add("--json", action="store_true", help="print the numbers as JSON on stdout")

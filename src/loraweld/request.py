@@ -38,13 +38,15 @@ PathLike = str | os.PathLike[str]
 class MergeRequest:
     """A merge as asked for. Sizes in bytes; `base` None means the one the adapter's config names.
 
+    `base` and `adapters` are names: paths, Hub ids or URLs.
+
     `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
     the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
     `keeps_output` the output is then only the name beside which files are staged. `combination`: how the adapters act
     together, and how strongly.
     """
 
-    adapters: tuple[Path, ...]
+    adapters: tuple[str, ...]
     combination: Combination
     output: Path
     base: str | None
@@ -158,7 +160,7 @@ def make_request(
         _check_verifiable(method, is_kept=output is not None)
     folded, _, quantized_base = merge_base.partition(":")
     return MergeRequest(
-        adapters=tuple(Path(path) for path in adapters),
+        adapters=tuple(os.fspath(path) for path in adapters),
         combination=combination,
         output=_output(Path(output)) if output is not None else _staged_for(hub, method),
         base=None if base is None else os.fspath(base),

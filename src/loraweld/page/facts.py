@@ -10,7 +10,7 @@ from typing import Any
 
 from loraweld.adapter.config import CONFIG_NAME
 from loraweld.checkpoint.base import Base, open_base
-from loraweld.checkpoint.hub import known_config, locate_base
+from loraweld.checkpoint.hub import Located, known_config, locate_base
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.errors import CheckpointError, RequestError
 from loraweld.page.changes import TensorChange, places
@@ -61,13 +61,14 @@ def gather_page_facts(output: str, *, base: str | None, token: str | bool | None
         CheckpointError: neither a model nor a merge's output, or damaged; `base` was given and is not to be had.
         RequestError: the folder holds an adapter.
     """
-    folder = locate_base(output, token=token).folder
+    located = locate_base(output, token=token)
+    folder = located.folder
     if (folder / CONFIG_NAME).exists():
         raise RequestError(f"{folder} is an adapter; a report is of a model, and compares it with its base")
     record_path = folder / RECORD_NAME
     record = read_json_object(record_path) if record_path.exists() else {}
     _check_record(record, record_path)
-    model = _open_model(folder, record)
+    model = _open_model(located, record)
     found, reason, warnings = _compared(folder, model, record, base, token)
     return PageFacts(
         title=folder.resolve().name,
@@ -103,12 +104,12 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"is no record that loraweld wrote: wrong types of {', '.join(wrong)}", path=path)
 
 
-def _open_model(folder: Path, record: Mapping[str, Any]) -> Base | None:
+def _open_model(located: Located, record: Mapping[str, Any]) -> Base | None:
     """The merged model, beside GGUF files too; None if the output is these files alone."""
     if record.get("save_method") != "gguf":
-        return open_base(folder)
-    merged = folder / MERGED_FOLDER
-    return open_base(merged) if merged.is_dir() else None
+        return open_base(located.folder, scratch=located.scratch)
+    merged = located.folder / MERGED_FOLDER
+    return open_base(merged, scratch=located.scratch) if merged.is_dir() else None
 
 
 def _compared(

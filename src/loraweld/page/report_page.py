@@ -67,10 +67,11 @@ def report_page(
     """Write one HTML page, which needs no network, on what a merge made: from what, and how much each tensor changed.
 
     Args:
-        model: the output of a merge, a folder or a Hub id.
+        model: the output of a merge, a folder, a Hub id or a URL.
         output: the file for the page.
-        base: the base that it was merged into, a folder or a Hub id; None looks for the one that the record names in
-            the Hub's cache, beside the model and in the current folder. Without one the page shows what the record has.
+        base: the base that it was merged into, a folder, a Hub id or a URL; None looks for the one that the record
+            names in the Hub's cache, beside the model and in the current folder. Without one the page shows what the
+            record has.
         overwrite: replace a file that exists.
         token: of the Hub; True or None: the stored login.
         progress: called with the number of bytes that were compared.

@@ -87,7 +87,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
             *(Input(file.path, file.identity) for file in base.files if not isinstance(file, MemoryFile)),
             *(Input(adapter.weights, adapter.identity) for adapter in facts.given),
         ),
-        scratch=(*facts.adapters, base.scratch),
+        scratch=(*facts.adapters, *facts.given, base.scratch),
         item_bytes=memory.item_bytes,
         workers=memory.workers,
         peak_memory_bytes=memory.peak_bytes,

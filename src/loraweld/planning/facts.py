@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from loraweld.adapter.files import Adapter, open_adapter
 from loraweld.checkpoint.base import Base, open_base
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.hub import locate_adapter, locate_base, stream_base
 from loraweld.checkpoint.stored import StoredTensor, same_bytes
+from loraweld.checkpoint.url import check_not_url
 from loraweld.combine.adapter import combined_adapter
 from loraweld.errors import RequestError, listing
 from loraweld.naming.tied import Tie, find_ties, known_ties
@@ -66,12 +66,12 @@ def open_adapters(request: MergeRequest) -> tuple[Adapter, ...]:
         LoraweldError: one is missing, damaged or of an unknown kind.
     """
     weights = request.combination.weights
-    return tuple(_open(path, weight, request) for path, weight in zip(request.adapters, weights, strict=True))
+    return tuple(_open(name, weight, request) for name, weight in zip(request.adapters, weights, strict=True))
 
 
-def _open(path: Path, weight: float, request: MergeRequest) -> Adapter:
-    located = locate_adapter(path, token=request.token)
-    adapter = open_adapter(located.folder, label=located.label if located.commit else None)
+def _open(name: str, weight: float, request: MergeRequest) -> Adapter:
+    located = locate_adapter(name, token=request.token)
+    adapter = open_adapter(located.folder, label=located.label if located.commit else None, place=located.scratch)
     return replace(adapter, weight=weight)
 
 
@@ -119,6 +119,7 @@ def named_base(request: MergeRequest, adapters: Sequence[Adapter]) -> tuple[str,
 
     Raises:
         RequestError: they name none, or different ones.
+        CheckpointError: they name a URL.
     """
     if request.base is not None:
         return request.base, None
@@ -129,4 +130,5 @@ def named_base(request: MergeRequest, adapters: Sequence[Adapter]) -> tuple[str,
     name, revision = named.pop()
     if not name:
         raise RequestError(f"{adapters[0].config.path}: names no base model; give it with --base")
+    check_not_url(name, str(adapters[0].config.path), "--base")
     return name, revision

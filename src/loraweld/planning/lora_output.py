@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraweld.adapter.config import CONFIG_NAME
-from loraweld.adapter.files import SAFE_NAME
+from loraweld.adapter.files import SAFE_NAME, in_file
 from loraweld.combine.adapter import combined_adapter
 from loraweld.errors import RequestError
 from loraweld.planning.companions import override_files
@@ -37,6 +37,7 @@ def plan_lora(request: MergeRequest) -> MergePlan:
     adapter = given[0]
     if combination.makes_adapter:
         adapter = combined_adapter(given, combination, base=named_base(request, given))
+    adapter = in_file(adapter)
     files = [
         SmallFile(name=CONFIG_NAME, source=adapter.config.path),
         SmallFile(name=SAFE_NAME, source=adapter.safetensors),
@@ -55,7 +56,7 @@ def plan_lora(request: MergeRequest) -> MergePlan:
         modules=(),
         notes=(),
         inputs=tuple(Input(adapter.weights, adapter.identity) for adapter in given),
-        scratch=(adapter,),
+        scratch=(adapter, *given),
         item_bytes=0,
         workers=1,
         peak_memory_bytes=LIBRARY_BYTES,

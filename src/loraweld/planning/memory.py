@@ -21,6 +21,7 @@ from loraweld.adapter.edits import (
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
 from loraweld.checkpoint.remote import CACHE_BYTES, REQUEST_BYTES
+from loraweld.checkpoint.url import is_url
 from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
@@ -84,8 +85,9 @@ def _library_bytes(recipes: Iterable[Recipe]) -> int:
 
 
 def _network_bytes(request: MergeRequest, workers: int) -> int:
-    """What lies in memory of a base that is read from the network."""
-    return CACHE_BYTES + workers * REQUEST_BYTES if request.stream_base else 0
+    """What lies in memory of a base and of adapters that are read from the network."""
+    named = (request.stream_base or is_url(request.base or ""), *map(is_url, request.adapters))
+    return sum(named) * CACHE_BYTES + any(named) * workers * REQUEST_BYTES
 
 
 def _largest_matrix(recipes: Iterable[Recipe]) -> tuple[int, str]:

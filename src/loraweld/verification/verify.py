@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.encodings.encoded import Source
+from loraweld.checkpoint.hub import locate_base
 from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
+from loraweld.checkpoint.url import is_url
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import CheckpointError, NumericsError, RequestError
 from loraweld.naming.names import Names
@@ -43,9 +45,9 @@ def verify(
     """Read a merged model again and compare all of it with base + adapters, evaluated anew in float64.
 
     Args:
-        output: the folder of a merged model, made by any tool.
-        base: a folder or a Hub id; None takes the one of loraweld.json if it is of the Hub, else the one that the
-            adapter's config names.
+        output: the folder of a merged model, made by any tool; or its URL.
+        base: a folder, a Hub id or a URL; None takes the one of loraweld.json if it is of the Hub, else the one that
+            the adapter's config names.
         adapter: the adapter that was merged, or several, in order.
         sample: share of the rows of each tensor to look at, more than 0, at most 1; always the same ones.
         progress: called with the number of bytes that were compared.
@@ -59,7 +61,8 @@ def verify(
     started = time.monotonic()
     check_sample(sample)
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
-    opened = open_output(Path(output))
+    located = locate_base(os.fspath(output)) if is_url(os.fspath(output)) else None
+    opened = open_output(located.folder if located else Path(output))
     record = read_record(opened.folder)
     try:
         intended, findings = intend(opened, record, base=base, adapters=adapters, options=options)
