@@ -21,14 +21,18 @@ SECRET = "secret/of/the+store"
 
 @dataclass(frozen=True)
 class Store:
-    """A server with a bucket, and the variables by which S3's clients find it, in this process and in others."""
+    """A server with a bucket, and the variables by which S3's clients find it, in this process and in others.
+
+    `client` is another one than those that are tested.
+    """
 
     environment: Mapping[str, str]
+    client: Any
 
     def reset(self) -> None:
         """Leave nothing but an empty bucket. moto keeps what it stores in the process, whatever server it came to."""
         self._ask("reset")
-        self.client().mkdir(BUCKET)
+        self.client.mkdir(BUCKET)
 
     @contextmanager
     def strict(self) -> Iterator[None]:
@@ -41,19 +45,14 @@ class Store:
 
     def put(self, name: str, files: Path | Mapping[str, bytes]) -> str:
         """Store a folder's files, or these, in the folder `name` of the bucket; return its URL."""
-        client = self.client()
         for path, data in (contents(files) if isinstance(files, Path) else files).items():
-            client.pipe_file(f"{BUCKET}/{name}/{path}", data)
+            self.client.pipe_file(f"{BUCKET}/{name}/{path}", data)
         return f"s3://{BUCKET}/{name}"
 
     def get(self, name: str) -> dict[str, bytes]:
         """Return the files below the folder `name` of the bucket."""
-        client, root = self.client(), f"{BUCKET}/{name}/"
-        return {path.removeprefix(root): client.cat_file(path) for path in client.find(root)}
-
-    def client(self) -> Any:
-        """Return another client than the one that is tested."""
-        return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+        root = f"{BUCKET}/{name}/"
+        return {path.removeprefix(root): self.client.cat_file(path) for path in self.client.find(root)}
 
     def _ask(self, path: str, data: bytes = b"") -> None:
         url = f"{self.environment['AWS_ENDPOINT_URL']}/moto-api/{path}"
@@ -81,7 +80,8 @@ def s3_store() -> Iterator[Store]:
                 patch.setenv(name, value)
             for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
                 patch.delenv(name, raising=False)
-            store = Store(environment)
+            client = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+            store = Store(environment, client)
             store.reset()
             yield store
     finally:

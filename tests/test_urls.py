@@ -156,6 +156,19 @@ def test_combined_adapters_and_the_4_bit_checkpoint_they_were_trained_on(store: 
     assert found == expected
 
 
+def test_a_tokenizer_by_url(scene: Scene, store: Store, tmp_path: Path) -> None:
+    """Its files alone take the place of the base's, in an adapter too."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"other": 1}')
+    place = store.put("tokenizer", tmp_path / "tokenizer")
+    for method in ("merged_16bit", "lora"):
+        out = scene.out.with_name(method)
+        loraweld.merge(scene.adapter, base=scene.base, output=out, tokenizer=place, save_method=method)
+        assert (out / "tokenizer.json").read_text() == '{"other": 1}'
+    with pytest.raises(CheckpointError, match=r"s3://bucket/nothing' is not there"):
+        loraweld.merge(scene.adapter, base=scene.base, output=scene.out, tokenizer="s3://bucket/nothing")
+
+
 def test_an_adapter_in_a_subfolder_and_states_of_training(scene: Scene, store: Store) -> None:
     """The only one is found; beside a model, older states are not even listed."""
     files = {f"adapter/{name}": data for name, data in contents(scene.adapter).items()}
@@ -341,11 +354,11 @@ def test_an_object_that_changes_meanwhile_is_found(name: str, change: str, scene
         nonlocal left
         left -= count
         if left <= 0 and change == "removed":
-            store.client().rm_file(f"bucket/{name}")
+            store.client.rm_file(f"bucket/{name}")
         elif left <= 0:
             store.put(folder, {file: data[:-1] + bytes([data[-1] ^ 1])})
 
-    with pytest.raises(CheckpointError, match=rf"{file}: (has changed while|cannot be found any more)"):
+    with pytest.raises(CheckpointError, match=rf"^s3://bucket/{name}: (has changed while|cannot be found any more)"):
         loraweld.merge(adapter, base=base, output=scene.out, progress=disturb)
     assert not list(scene.out.parent.iterdir())
     store.put(folder, {file: data})

@@ -88,7 +88,7 @@ def merge(
         workers: threads; None takes four.
         overwrite: replace an output that exists.
         resume: continue an interrupted merge of the same inputs.
-        tokenizer: folder of the tokenizer to ship, instead of the adapter's or the base's.
+        tokenizer: folder or URL of the tokenizer to ship, instead of the adapter's or the base's.
         merge_base: "as-given", or "quantized-from", with ":" and a checkpoint if need be: fold onto what a 4-bit model
             computes with in the modules that the checkpoint has in 4 bit.
         quant_type: codes of merged_4bit, "nf4" or "fp4".

@@ -330,7 +330,7 @@ def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokenizer",
         metavar="PATH",
-        help="folder of the tokenizer to ship (default: the adapter's, else the base's)",
+        help="folder or URL of the tokenizer to ship (default: the adapter's, else the base's)",
     )
     add(
         "--verify",

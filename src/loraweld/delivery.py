@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loraweld.checkpoint.origins import place_of
 from loraweld.checkpoint.stored import IdentitiesNow, file_identity
 from loraweld.errors import CheckpointError, LoraweldError, OutputError
 from loraweld.export.pipeline import beside_export
@@ -218,12 +219,11 @@ class _Work:
             try:
                 found = now.of(one.path)
             except OSError as error:
-                raise CheckpointError(f"cannot be found any more: {error.strerror}", path=one.path) from None
+                raise CheckpointError(f"{place_of(one.path)}: cannot be found any more: {error.strerror}") from None
             if found != one.identity:
                 raise CheckpointError(
-                    "has changed while it was read (size, time, inode or checksum); nothing was written. Merge again "
-                    "when nobody writes to it",
-                    path=one.path,
+                    f"{place_of(one.path)}: has changed while it was read (size, time, inode or checksum); nothing was "
+                    "written. Merge again when nobody writes to it"
                 )
 
     def _is_taken(self) -> bool:

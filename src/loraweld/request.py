@@ -38,7 +38,7 @@ PathLike = str | os.PathLike[str]
 class MergeRequest:
     """A merge as asked for. Sizes in bytes; `base` None means the one the adapter's config names.
 
-    `base` and `adapters` are names: paths, Hub ids or URLs.
+    `base`, `adapters` and `tokenizer` are names: paths, Hub ids or URLs.
 
     `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
     the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
@@ -57,7 +57,7 @@ class MergeRequest:
     workers: int
     overwrite: bool
     resume: bool
-    tokenizer: Path | None
+    tokenizer: str | None
     merge_base: str = AS_GIVEN
     quantized_base: str | None = None
     quant_type: str = "nf4"
@@ -170,7 +170,7 @@ def make_request(
         workers=workers or DEFAULT_WORKERS,
         overwrite=overwrite,
         resume=resume,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
+        tokenizer=None if tokenizer is None else os.fspath(tokenizer),
         merge_base=_choice("merge_base", folded, (AS_GIVEN, QUANTIZED_FROM)),
         quantized_base=quantized_base or None,
         expert_layout=_choice("expert_layout", expert_layout, EXPERT_LAYOUTS),

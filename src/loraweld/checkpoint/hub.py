@@ -16,17 +16,18 @@ from loraweld.errors import CheckpointError
 from loraweld.hub.client import explained
 
 # What a base needs: weights in safetensors and the small files beside them; pickles only where there are no others.
-_PATTERNS = [
-    "*.safetensors",
+_SMALL = [
     "*.json",
     "*.txt",
     "*.model",
     "*.jinja",
     "*.py",
     "*.tiktoken",
+    "*.spm",
     "*.md",
     "LICENSE*",
 ]
+_PATTERNS = ["*.safetensors", *_SMALL]
 _OF_ADAPTERS = ["adapter_*", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*/adapter_*"]
 _PICKLES = [PICKLE_NAME, "pytorch_model-*.bin"]
 _PICKLED_ADAPTERS = ["adapter_model.bin", "*/adapter_model.bin"]
@@ -83,7 +84,7 @@ def locate_adapter(name: str, *, token: str | bool | None = None) -> Located:
     Raises:
         CheckpointError: no such folder at that URL, or the Hub (or, offline, the cache) has no such repository.
     """
-    snapshot = partial(_adapter_snapshot, token=token)
+    snapshot = partial(_snapshot_of, what="adapter", patterns=_OF_ADAPTERS, token=token)
     if is_url(name):
         return _by_url(name, "adapter", here=locate_adapter, on_hub=snapshot)
     path = Path(name)
@@ -91,6 +92,18 @@ def locate_adapter(name: str, *, token: str | bool | None = None) -> Located:
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Located(folder=path, label=path.name or str(path))
     return snapshot(name, None)
+
+
+def locate_tokenizer(name: str, *, token: str | bool | None = None) -> Located:
+    """Return the folder of a tokenizer: `name` itself, or one that stands for that of a URL.
+
+    Raises:
+        CheckpointError: there is no such folder at that URL.
+    """
+    if not is_url(name):
+        return Located(folder=Path(name), label=name)
+    snapshot = partial(_snapshot_of, what="tokenizer", patterns=_SMALL, token=token)
+    return _by_url(name, "tokenizer", here=locate_tokenizer, on_hub=snapshot)
 
 
 def _by_url(
@@ -101,7 +114,7 @@ def _by_url(
         return here(path)
     if of_hub is not None:
         return on_hub(*of_hub)
-    folder = url_folder(url, what=what, patterns=[*_PATTERNS, *_OF_ADAPTERS], pickles=[*_PICKLES, *_PICKLED_ADAPTERS])
+    folder = url_folder(url, what=what, patterns=_SMALL, pickles=[*_PICKLES, *_PICKLED_ADAPTERS])
     return Located(folder=folder.folder, label=shown(url), scratch=folder)
 
 
@@ -111,11 +124,13 @@ def _streamed(repo_id: str, revision: str | None, *, token: str | bool | None) -
     return Located(folder=folder.folder, label=repo_id, commit=commit, scratch=folder)
 
 
-def _adapter_snapshot(repo_id: str, revision: str | None, *, token: str | bool | None) -> Located:
+def _snapshot_of(
+    repo_id: str, revision: str | None, *, what: str, patterns: list[str], token: str | bool | None
+) -> Located:
     from huggingface_hub import snapshot_download
 
-    with _explained(repo_id, revision, what="adapter", option="its path", token=token):
-        found = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=_OF_ADAPTERS)
+    with _explained(repo_id, revision, what=what, option="its path", token=token):
+        found = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
     return Located(folder=Path(found), label=repo_id, commit=Path(found).name)
 
 
@@ -152,9 +167,8 @@ def small_files(name: str, *, revision: str | None = None, token: str | bool | N
 
     # HTTPError is of httpx or requests, as it may be.
     away: tuple[type[Exception], ...] = (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)
-    patterns = [pattern for pattern in _PATTERNS if pattern != "*.safetensors"]
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_SMALL))
     except HFValidationError:
         return None
     except away:

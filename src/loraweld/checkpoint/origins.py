@@ -43,6 +43,12 @@ def origin_of(path: Path) -> Origin | None:
     return _origins.get(path)
 
 
+def place_of(path: Path) -> str:
+    """Return where `path` lies as a user knows it."""
+    origin = origin_of(path)
+    return origin.name if origin is not None else str(path)
+
+
 def _remove(path: Path) -> None:
     with _lock:
         del _origins[path]
