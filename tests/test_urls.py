@@ -186,7 +186,8 @@ def test_everything_else_that_takes_a_model(scene: Scene, store: Store, tmp_path
     base, adapter, out = (
         store.put(name, folder) for name, folder in (("base", scene.base), ("adapter", scene.adapter), ("m", scene.out))
     )
-    assert loraweld.verify(out, base=base, adapter=adapter).holds
+    verified = loraweld.verify(out, base=base, adapter=adapter)
+    assert verified.holds and verified.output == out
     assert not loraweld.verify(base, base=base, adapter=adapter).holds
     assert loraweld.compare(out, scene.out).is_equal
     assert not loraweld.compare(base, out).is_equal
@@ -408,6 +409,7 @@ def test_a_read_that_never_works(scene: Scene, store: Store, monkeypatch: pytest
         ("s3://bucket/base/config.json", "holds no files; expected the folder"),
         ("https://127.0.0.1:9/base", "is of https, which has no folders"),
         ("simplecache::s3://bucket/base", "is a chain of file systems"),
+        ("s3://bucket/base::file:///etc", "is a chain of file systems"),
         ("gs://bucket/base", "needs a package that is not installed: pip install gcsfs"),
         ("az://bucket/base", "needs a package that is not installed: pip install adlfs"),
         ("nonsense://bucket/base", "cannot be opened: ValueError: Protocol not known: nonsense"),
@@ -547,11 +549,25 @@ def test_credentials_in_a_url_are_nowhere_to_be_seen(
     def failing(self: Any, path: str, **options: Any) -> list[str]:
         raise RuntimeError(f"no connection to memory:/{path}")
 
-    for name in (f"{base}x", base):
-        with pytest.raises(CheckpointError, match=r"^base 'memory://host/base") as raised:
-            loraweld.plan(scene.adapter, base=name, output="x")
-        said.append(str(raised.value))
-        monkeypatch.setattr(MemoryFileSystem, "ls", failing)
+    def error_of(name: str, pattern: str, fails: str | None = None, *, late: bool = False) -> str:
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=pattern) as raised:
+            patch.setattr(remote, "_FIRST_WAIT_SECONDS", 0.0)
+
+            def disturb(count: int) -> None:
+                if fails:
+                    patch.setattr(MemoryFileSystem, fails, failing)
+
+            if not late:
+                disturb(0)
+            loraweld.merge(scene.adapter, base=name, output=scene.out.with_name("failed"), progress=disturb)
+        return str(raised.value)
+
+    said += [
+        error_of(f"{base}x", r"^base 'memory://host/basex' is not there"),
+        error_of(base, r"^base 'memory://host/base' cannot be had: RuntimeError: no connection", "ls"),
+        error_of(base, r"^memory://host/base/\S+: cannot be read at byte 0: OSError: no connection", "cat_file"),
+        error_of(base, r"^memory://host/base: cannot be listed: OSError: no connection", "ls", late=True),
+    ]
     for text in said:
         assert "pass" not in text and "w@rd" not in text and "user" not in text
 

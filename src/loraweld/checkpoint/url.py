@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
@@ -159,16 +160,24 @@ class _Store:
 
     def read(self, path: str, start: int, end: int) -> bytes:
         """Return bytes [start, end) of a file, named as in its entry."""
-        return bytes(self._files.cat_file(self.root + path.removeprefix(self.label), start=start, end=end))
+        with self._discreet():
+            return bytes(self._files.cat_file(self.root + path.removeprefix(self.label), start=start, end=end))
+        raise AssertionError
 
     def look(self) -> Mapping[str, str]:
         """Return what identifies the content of each file now, by the paths of their entries."""
-        listed = insistent(f"{self.label}: cannot be listed", self.label, self._listed)
-        return {entry.path: entry.identity for entry in listed.values()}
+
+        def listed() -> dict[str, Entry]:
+            with self._discreet():
+                return self._listed()
+            raise AssertionError
+
+        files = insistent(f"{self.label}: cannot be listed", self.label, listed)
+        return {entry.path: entry.identity for entry in files.values()}
 
     def _opened(self) -> tuple[Any, str]:
         scheme = scheme_of(self._url)
-        if "::" in scheme:
+        if "::" in self._url:
             raise self._error("is a chain of file systems; give the URL of the folder itself")
         if scheme in _NO_FOLDERS:
             raise self._error(f"is of {scheme}, which has no folders; give a folder, a Hub id or a URL such as s3://…")
@@ -211,11 +220,24 @@ class _Store:
 
     def _said(self, error: Exception) -> str:
         """What a library says, without what the URL has of credentials."""
-        text = " ".join(str(error).replace(self._url, self.label).split())
+        text = str(error).replace(self._url, self.label)
         user, query = _secrets(self._url.partition("://")[2])
         for secret in (user, user.partition(":")[2], query):
             text = text.replace(secret, "…") if secret else text
-        return text[:300]
+        return " ".join(text.split())[:300]
+
+    @contextmanager
+    def _discreet(self) -> Iterator[None]:
+        """Take what the URL has of credentials out of what a library raises."""
+        try:
+            yield
+        except (CheckpointError, FileNotFoundError):
+            raise
+        except Exception as error:
+            said = self._said(error)
+            if any(_secrets(self._url.partition("://")[2])):
+                raise (PermissionError if isinstance(error, PermissionError) else OSError)(said) from None
+            raise
 
 
 def _size(info: Mapping[str, Any]) -> int:

@@ -63,7 +63,7 @@ class TensorResult:
 class VerifyReport:
     """The outcome of `loraweld.verify`. `equal` counts the tensors whose bytes are the base's; time in seconds."""
 
-    output: Path
+    output: Path | str
     base: str
     adapters: tuple[str, ...]
     sample: float

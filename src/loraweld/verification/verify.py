@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def verify(
     except OSError as error:
         raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
     opened.findings += findings
-    return verify_opened(opened, intended, sample=sample, progress=progress, started=started)
+    report = verify_opened(opened, intended, sample=sample, progress=progress, started=started)
+    return replace(report, output=located.label) if located else report
 
 
 def check_sample(sample: float) -> None:
