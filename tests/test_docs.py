@@ -40,6 +40,7 @@ NOT_OURS = {
 NOT_HERE = {
     "--push-to-hub": "needs the Hub; tests/test_push.py",
     "--stream-base": "needs the Hub; tests/test_stream.py",
+    "s3://": "needs a store; tests/test_urls.py",
     "unsloth/": "a base of the Hub",
     "published/": "headers that benchmarks/synthetic_published.py writes; tests/test_sizing.py",
     "HuggingFaceTB/": "a base of the Hub; tests/test_live_notebook.py",

@@ -75,10 +75,10 @@ def merge(
     """Merge one or more adapters into their base and write one standalone model to the folder `output`.
 
     Args:
-        adapter: a PEFT folder or Hub id, or several; their deltas are summed before the only rounding.
+        adapter: a PEFT folder, Hub id or URL, or several; their deltas are summed before the only rounding.
         output: the folder that will hold the model; it appears when it is complete. None with `push_to_hub`: nothing
             stays on this disk, and each file is sent as soon as it is complete.
-        base: a folder or a Hub id; None takes the one that the adapter's config names.
+        base: a folder, a Hub id or a URL; None takes the one that the adapter's config names.
         save_method: "merged_16bit"; "merged_4bit" and "merged_8bit" (bitsandbytes), "merged_fp8" (compressed-tensors);
             "preserve" for the encoding that the base has; "gguf" for .gguf files and a Modelfile; "lora" for the
             adapter alone.
@@ -91,7 +91,7 @@ def merge(
         workers: threads; None takes four.
         overwrite: replace an output that exists.
         resume: continue an interrupted merge of the same inputs.
-        tokenizer: folder of the tokenizer to ship, instead of the adapter's or the base's.
+        tokenizer: folder or URL of the tokenizer to ship, instead of the adapter's or the base's.
         merge_base: "as-given", or "quantized-from", with ":" and a checkpoint if need be: fold onto what a 4-bit model
             computes with in the modules that the checkpoint has in 4 bit.
         quant_type: codes of merged_4bit, "nf4" or "fp4".

@@ -283,7 +283,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Say what a base, an adapter or an output is, from headers alone.",
         epilog="example: loraweld inspect my-adapter",
     )
-    inspect.add_argument("path", metavar="PATH", help="a folder, or a Hub id")
+    inspect.add_argument("path", metavar="PATH", help="a folder, a Hub id or a URL")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
     return parser
@@ -297,7 +297,7 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="example: loraweld verify my-model --base my-base --adapter my-adapter",
     )
     add = verify.add_argument
-    add("output", metavar="OUT", help="folder of the merged model")
+    add("output", metavar="OUT", help="the merged model, a folder or URL")
     add("--sample", type=float, default=1.0, metavar="F", help="share of the rows to check (default: 1, all of them)")
     add(
         "--behaviour",
@@ -315,8 +315,8 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="example: loraweld compare my-base my-model -o compare.html",
     )
     add = compare.add_argument
-    add("first", metavar="A", help="a folder or Hub id")
-    add("second", nargs="?", metavar="B", help="a folder or Hub id (default: base + adapter)")
+    add("first", metavar="A", help="a folder, Hub id or URL")
+    add("second", nargs="?", metavar="B", help="a folder, Hub id or URL (default: base + adapter)")
     add("-o", "--output", metavar="PAGE", help="an HTML page too, as report writes it")
     add("--overwrite", action="store_true", help="replace a page that exists")
     _add_sides(compare, base="that of loraweld.json, or the one the adapter names")
@@ -327,13 +327,13 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_sides(parser: argparse.ArgumentParser, *, base: str, adapter: str = "none") -> None:
     """What a model was merged from, and how."""
     add = parser.add_argument
-    add("--base", metavar="BASE", help=f"folder or Hub id (default: {base})")
+    add("--base", metavar="BASE", help=f"folder, Hub id or URL (default: {base})")
     add(
         "--adapter",
         nargs="+",
         default=[],
         metavar="ADAPTER",
-        help=f"what was merged, in order: folders or Hub ids (default: {adapter})",
+        help=f"what was merged, in order: folders, Hub ids or URLs (default: {adapter})",
     )
     add("--merge-base", metavar="WHICH", help="as given to merge (default: as-given)")
     add("--expert-layout", metavar="NAME", help="as given to merge (default: auto)")
@@ -346,9 +346,9 @@ def _add_sides(parser: argparse.ArgumentParser, *, base: str, adapter: str = "no
 
 def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("adapter", nargs="+", metavar="ADAPTER", help="PEFT adapter, a folder or Hub id; several are combined")
+    add("adapter", nargs="+", metavar="ADAPTER", help="PEFT adapter, a folder, Hub id or URL; several are combined")
     add("-o", "--output", metavar="OUT", help="folder for the model; it appears when complete")
-    add("--base", metavar="BASE", help="base model, a folder or Hub id (default: the one the adapter names)")
+    add("--base", metavar="BASE", help="base model, a folder, Hub id or URL (default: the one the adapter names)")
     add(
         "--save-method",
         default="merged_16bit",
@@ -415,7 +415,7 @@ def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokenizer",
         metavar="PATH",
-        help="folder of the tokenizer to ship (default: the adapter's, else the base's)",
+        help="folder or URL of the tokenizer to ship (default: the adapter's, else the base's)",
     )
     add(
         "--verify",
@@ -466,8 +466,8 @@ def _add_sizing_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--base", required=True, metavar="BASE", help="the model to start from, a folder or Hub id")
-    add("--tuned", required=True, metavar="MODEL", help="the model to come to, a folder or Hub id")
+    add("--base", required=True, metavar="BASE", help="the model to start from, a folder, Hub id or URL")
+    add("--tuned", required=True, metavar="MODEL", help="the model to come to, a folder, Hub id or URL")
     add("-o", "--output", required=True, metavar="ADAPTER", help="folder for the adapter; it appears when complete")
     add("--rank", type=int, default=16, metavar="R", help="largest rank of a module (default: %(default)s)")
     add(
@@ -490,7 +490,7 @@ def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="the output of a merge, a folder or Hub id")
+    add("model", metavar="MODEL", help="the output of a merge, a folder, Hub id or URL")
     add("-o", "--output", default="report.html", metavar="PAGE", help="file for the page (default: %(default)s)")
     add("--run", dest="run_file", metavar="FILE", help="what merge --json printed, for the time it took")
     add("--overwrite", action="store_true", help="replace a page that exists")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraweld.checkpoint.stored import file_identity
+from loraweld.checkpoint.origins import place_of
+from loraweld.checkpoint.stored import IdentitiesNow, file_identity
 from loraweld.errors import CheckpointError, LoraweldError, OutputError
 from loraweld.export.pipeline import beside_export
 from loraweld.hub.card import CardFacts, card_text
@@ -213,16 +214,16 @@ class _Work:
         """Raises:
         CheckpointError: a file has changed since it was opened, so that the output may be part of each.
         """
+        now = IdentitiesNow()
         for one in (*self.made.inputs, *self.copied):
             try:
-                found = file_identity(one.path)
+                found = now.of(one.path)
             except OSError as error:
-                raise CheckpointError(f"cannot be found any more: {error.strerror}", path=one.path) from None
+                raise CheckpointError(f"{place_of(one.path)}: cannot be found any more: {error.strerror}") from None
             if found != one.identity:
                 raise CheckpointError(
-                    "has changed while it was read (size, time or inode); nothing was written. Merge again when "
-                    "nobody writes to it",
-                    path=one.path,
+                    f"{place_of(one.path)}: has changed while it was read (size, time, inode or checksum); nothing was "
+                    "written. Merge again when nobody writes to it"
                 )
 
     def _is_taken(self) -> bool:
@@ -279,12 +280,12 @@ class _Work:
             )
 
     def _identity(self) -> str:
-        """A hash of the merge, of the very files it reads (sizes, times and inodes included), and of where it goes."""
+        """A hash of the merge, of the very files it reads (see `file_identity`), and of where it goes."""
         hub = self.request.hub
         place = (hub.repo_id, hub.revision, hub.create_pr) if hub is not None and self.streams else None
         digest = hashlib.sha256(f"{self.made.fingerprint}\0{self.record}\0{place}".encode())
         for one in (*self.made.inputs, *self.copied):
-            digest.update(repr((str(one.path), one.identity)).encode())
+            digest.update(repr(one.identity).encode())
         return digest.hexdigest()
 
     def _report(self, facts: RunFacts, *, was_there: bool = False) -> MergeReport:

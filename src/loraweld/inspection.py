@@ -16,32 +16,34 @@ from loraweld.checkpoint.encodings.recognise import quantization_settings
 from loraweld.checkpoint.hub import locate_base
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.stored import StoredTensor
+from loraweld.checkpoint.url import shown
 from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import RECORD_NAME
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Return what `path` (a folder or a Hub id) is, as plain JSON values.
+    """Return what `path` (a folder, a Hub id or a URL) is, as plain JSON values.
 
     Raises:
         LoraweldError: neither a model nor an adapter, or damaged.
     """
-    folder = Path(path)
     try:
-        if (folder / CONFIG_NAME).exists() or len(list(folder.glob(f"*/{CONFIG_NAME}"))) == 1:
-            return _adapter(open_adapter(folder))
         located = locate_base(str(path))
-        return _model(open_base(located.folder, label=located.label, commit=located.commit))
+        folder = located.folder
+        where = shown(str(path)) if located.scratch else None
+        if (folder / CONFIG_NAME).exists() or len(list(folder.glob(f"*/{CONFIG_NAME}"))) == 1:
+            return _adapter(open_adapter(folder), where)
+        return _model(open_base(folder, label=located.label, commit=located.commit), where)
     except OSError as error:  # a name too long, a folder that may not be read
         raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
 
 
-def _adapter(adapter: Adapter) -> dict[str, Any]:
+def _adapter(adapter: Adapter, where: str | None) -> dict[str, Any]:
     config = adapter.config
     tensors = [tensor for parts in adapter.modules.values() for tensor in parts.values()]
     return {
         "kind": "adapter",
-        "path": str(adapter.folder),
+        "path": where or str(adapter.folder),
         "peft_type": config.peft_type,
         "base": config.base,
         "revision": config.revision,
@@ -58,11 +60,11 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _model(base: Base) -> dict[str, Any]:
+def _model(base: Base, where: str | None) -> dict[str, Any]:
     record = base.folder / RECORD_NAME
     return {
         "kind": "merged model" if record.exists() else "model",
-        "path": str(base.folder),
+        "path": where or str(base.folder),
         "commit": base.commit,
         "model_type": base.model_type or None,
         "architectures": base.config.get("architectures"),

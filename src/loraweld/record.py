@@ -13,6 +13,7 @@ from typing import Any
 from loraweld._version import __version__
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.jsonfile import dump_json
+from loraweld.checkpoint.mounted import open_stored
 from loraweld.planning.facts import Facts
 from loraweld.planning.merge_plan import MergePlan, rounding_json
 
@@ -51,7 +52,7 @@ def record_text(plan: MergePlan, facts: Facts) -> str:
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's contents."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_stored(path) as file:
         while piece := file.read(_PIECE_BYTES):
             digest.update(piece)
     return digest.hexdigest()

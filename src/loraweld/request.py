@@ -40,6 +40,8 @@ PathLike = str | os.PathLike[str]
 class MergeRequest:
     """A merge as asked for. Sizes in bytes; `base` None means the one the adapter's config names.
 
+    `base`, `adapters` and `tokenizer` are names: paths, Hub ids or URLs.
+
     `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
     the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
     `keeps_output` the output is then only the name beside which files are staged. `combination`: how the adapters act
@@ -48,7 +50,7 @@ class MergeRequest:
     looked at, nothing is written. `combination`: how the adapters act together, and how strongly.
     """
 
-    adapters: tuple[Path, ...]
+    adapters: tuple[str, ...]
     combination: Combination
     output: Path
     base: str | None
@@ -59,7 +61,7 @@ class MergeRequest:
     workers: int
     overwrite: bool
     resume: bool
-    tokenizer: Path | None
+    tokenizer: str | None
     merge_base: str = AS_GIVEN
     quantized_base: str | None = None
     quant_type: str = "nf4"
@@ -167,7 +169,7 @@ def make_request(
         _check_verifiable(method, is_kept=output is not None)
     folded, _, quantized_base = merge_base.partition(":")
     return MergeRequest(
-        adapters=tuple(Path(path) for path in adapters),
+        adapters=tuple(os.fspath(path) for path in adapters),
         combination=combination,
         output=_output(Path(output)) if output is not None else _staged_for(hub, method),
         base=None if base is None else os.fspath(base),
@@ -177,7 +179,7 @@ def make_request(
         workers=workers or DEFAULT_WORKERS,
         overwrite=overwrite,
         resume=resume,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
+        tokenizer=None if tokenizer is None else os.fspath(tokenizer),
         merge_base=_choice("merge_base", folded, (AS_GIVEN, QUANTIZED_FROM)),
         quantized_base=quantized_base or None,
         expert_layout=_choice("expert_layout", expert_layout, EXPERT_LAYOUTS),

@@ -6,14 +6,16 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loraweld.adapter.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from loraweld.adapter.keys import parse_key
 from loraweld.adapter.tuners import Tuner
 from loraweld.adapter.values import same_values
+from loraweld.checkpoint.mounted import exists, mounted, open_stored
 from loraweld.checkpoint.opening import check_stays_inside
+from loraweld.checkpoint.origins import origin_of, stand_for
 from loraweld.checkpoint.stored import Identity, SafetensorsFile, StoredTensor, file_identity, read_safetensors
 from loraweld.errors import AdapterError, CheckpointError, listing
 
@@ -42,6 +44,7 @@ class Adapter:
     `shared` maps the names of tensors that all modules use (projections, vector banks) to them.
     `weights` is the file as found, `safetensors` its form that is read. `untrained` are the tensors that play
     no part in the result (see `keys`). `weight` is the factor of what it changes. `identity` is that of `weights`.
+    `scratch` and `place` keep alive the folders for the time being that `safetensors` and `folder` are in, if they are.
     """
 
     folder: Path
@@ -52,6 +55,7 @@ class Adapter:
     parameters: Mapping[str, StoredTensor]
     untrained: tuple[StoredTensor, ...]
     scratch: Scratch | None = field(repr=False, compare=False)
+    place: object = field(default=None, repr=False, compare=False)
     shared: Mapping[str, StoredTensor] = field(default_factory=dict)
     name: str | None = None
     weight: float = 1.0
@@ -69,8 +73,10 @@ class Adapter:
         return [tensor.name for tensor in (*parts, *self.parameters.values(), *self.shared.values())]
 
 
-def open_adapter(folder: Path, *, label: str | None = None) -> Adapter:
+def open_adapter(folder: Path, *, label: str | None = None, place: object = None) -> Adapter:
     """Open the PEFT adapter in `folder`, or in its only subfolder that holds one; `label` is its name on the Hub.
+
+    `place` keeps the folder alive, if it is one for the time being.
 
     Raises:
         AdapterError: no adapter there, not PEFT's format, damaged, or of a kind that cannot be merged.
@@ -90,10 +96,28 @@ def open_adapter(folder: Path, *, label: str | None = None) -> Adapter:
         parameters=grouped.parameters,
         untrained=tuple(grouped.untrained),
         scratch=scratch,
+        place=place,
         shared=grouped.shared,
         name=label,
         identity=identity,
     )
+
+
+def in_file(adapter: Adapter) -> Adapter:
+    """Return the adapter with its weights in a file of this machine: copied to a folder of its own if they are in none.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    origin = origin_of(adapter.safetensors)
+    if origin is None or mounted(adapter.safetensors) is None:
+        return adapter
+    scratch = Scratch()
+    copy = scratch.folder / SAFE_NAME
+    with open_stored(adapter.safetensors) as source, copy.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    stand_for(scratch, copy, origin)
+    return replace(adapter, safetensors=copy, scratch=scratch)
 
 
 def _locate(folder: Path) -> Path:
@@ -118,7 +142,7 @@ def _locate(folder: Path) -> Path:
 
 
 def _open_weights(folder: Path) -> tuple[Path, SafetensorsFile, Scratch | None, Identity]:
-    if (folder / SAFE_NAME).exists():
+    if exists(folder / SAFE_NAME):
         file = _read(folder / SAFE_NAME)
         return file.path, file, None, file.identity
     if (folder / PICKLE_NAME).exists():

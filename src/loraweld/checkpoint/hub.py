@@ -1,32 +1,36 @@
-"""A base by path or by Hub id → a folder on this machine."""
+"""A base or an adapter by path, Hub id or URL → a folder on this machine, or one that stands for another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from loraweld.checkpoint.base import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, SINGLE_NAME
 from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.remote import hub_folder
+from loraweld.checkpoint.url import hub_name, is_url, local_path, shown, url_folder
 from loraweld.errors import CheckpointError
 from loraweld.hub.client import explained
 
 # What a base needs: weights in safetensors and the small files beside them; pickles only where there are no others.
-_PATTERNS = [
-    "*.safetensors",
+_SMALL = [
     "*.json",
     "*.txt",
     "*.model",
     "*.jinja",
     "*.py",
     "*.tiktoken",
+    "*.spm",
     "*.md",
     "LICENSE*",
 ]
+_PATTERNS = ["*.safetensors", *_SMALL]
 _OF_ADAPTERS = ["adapter_*", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*/adapter_*"]
 _PICKLES = [PICKLE_NAME, "pytorch_model-*.bin"]
+_PICKLED_ADAPTERS = ["adapter_model.bin", "*/adapter_model.bin"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +47,13 @@ class Located:
 
 
 def locate_base(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Located:
-    """Return the folder of `name`: itself if it is one, else the Hub's snapshot, cached or downloaded.
+    """Return the folder of `name`: itself if it is one, one that stands for that of a URL, else the Hub's snapshot.
 
     Raises:
-        CheckpointError: neither a folder nor a model the Hub (or, offline, the cache) has.
+        CheckpointError: neither a folder, nor a URL of one, nor a model the Hub (or, offline, the cache) has.
     """
+    if is_url(name):
+        return _by_url(name, "base", here=locate_base, on_hub=partial(_streamed, token=token))
     path = Path(name).expanduser()
     if path.is_dir():
         return Located(folder=path, label=name)
@@ -58,32 +64,74 @@ def locate_base(name: str, *, revision: str | None = None, token: str | bool | N
 def stream_base(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Located:
     """Return a folder whose weights are read from the Hub as they are needed; nothing of them is stored.
 
+    So are those of any URL.
+
     Raises:
         CheckpointError: no model of the Hub, or one that holds pickles only.
     """
+    if is_url(name):
+        return locate_base(name, token=token)
     path = Path(name).expanduser()
     if path.exists():
         raise CheckpointError(f"base {name!r} is on this machine; --stream-base is for one on the Hub")
     _check_name(name, path, "base")
-    with _explained(name, revision, token=token):
-        folder, commit = hub_folder(name, revision, token, patterns=_PATTERNS)
-    return Located(folder=folder.folder, label=name, commit=commit, scratch=folder)
+    return _streamed(name, revision, token=token)
 
 
-def locate_adapter(path: Path, *, token: str | bool | None = None) -> Located:
-    """Return the folder of an adapter: itself if it is there, else the Hub's snapshot of that name.
+def locate_adapter(name: str, *, token: str | bool | None = None) -> Located:
+    """Return the folder of an adapter: itself if it is there, one that stands for a URL's, else the Hub's snapshot.
 
     Raises:
-        CheckpointError: the Hub (or, offline, the cache) has no such repository.
+        CheckpointError: no such folder at that URL, or the Hub (or, offline, the cache) has no such repository.
     """
+    snapshot = partial(_snapshot_of, what="adapter", patterns=_OF_ADAPTERS, token=token)
+    if is_url(name):
+        return _by_url(name, "adapter", here=locate_adapter, on_hub=snapshot)
+    path = Path(name)
     name = path.as_posix()
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Located(folder=path, label=path.name or str(path))
+    return snapshot(name, None)
+
+
+def locate_tokenizer(name: str, *, token: str | bool | None = None) -> Located:
+    """Return the folder of a tokenizer: `name` itself, or one that stands for that of a URL.
+
+    Raises:
+        CheckpointError: there is no such folder at that URL.
+    """
+    if not is_url(name):
+        return Located(folder=Path(name), label=name)
+    snapshot = partial(_snapshot_of, what="tokenizer", patterns=_SMALL, token=token)
+    return _by_url(name, "tokenizer", here=locate_tokenizer, on_hub=snapshot)
+
+
+def _by_url(
+    url: str, what: str, *, here: Callable[[str], Located], on_hub: Callable[[str, str | None], Located]
+) -> Located:
+    path, of_hub = local_path(url), hub_name(url)
+    if path is not None:
+        return here(path)
+    if of_hub is not None:
+        return on_hub(*of_hub)
+    folder = url_folder(url, what=what, patterns=_SMALL, pickles=[*_PICKLES, *_PICKLED_ADAPTERS])
+    return Located(folder=folder.folder, label=shown(url), scratch=folder)
+
+
+def _streamed(repo_id: str, revision: str | None, *, token: str | bool | None) -> Located:
+    with _explained(repo_id, revision, token=token):
+        folder, commit = hub_folder(repo_id, revision, token, patterns=_PATTERNS)
+    return Located(folder=folder.folder, label=repo_id, commit=commit, scratch=folder)
+
+
+def _snapshot_of(
+    repo_id: str, revision: str | None, *, what: str, patterns: list[str], token: str | bool | None
+) -> Located:
     from huggingface_hub import snapshot_download
 
-    with _explained(name, None, what="adapter", option="its path", token=token):
-        found = snapshot_download(name, token=token, allow_patterns=_OF_ADAPTERS)
-    return Located(folder=Path(found), label=name, commit=Path(found).name)
+    with _explained(repo_id, revision, what=what, option="its path", token=token):
+        found = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
+    return Located(folder=Path(found), label=repo_id, commit=Path(found).name)
 
 
 def _check_name(name: str, path: Path, what: str) -> None:
@@ -91,17 +139,19 @@ def _check_name(name: str, path: Path, what: str) -> None:
         raise CheckpointError(f"{what} {name!r} is not a folder; give a model folder or a Hub id with --base")
 
 
-def locate_config(name: str, *, revision: str | None = None) -> Path:
+def locate_config(name: str, *, revision: str | None = None) -> Located:
     """Return a folder with the config.json of `name`: itself if it is one, else the Hub's, without the weights.
 
     Raises:
-        CheckpointError: neither a folder nor a model the Hub (or, offline, the cache) has.
+        CheckpointError: neither a folder, nor a URL of one, nor a model the Hub (or, offline, the cache) has.
     """
+    if is_url(name):
+        return locate_base(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return Located(folder=path, label=name)
     with _explained(name, revision, option="--merge-base quantized-from:FOLDER"):
-        return Path(_config(name, revision)).parent
+        return Located(folder=Path(_config(name, revision)).parent, label=name)
 
 
 def small_files(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Path | None:
@@ -117,9 +167,8 @@ def small_files(name: str, *, revision: str | None = None, token: str | bool | N
 
     # HTTPError is of httpx or requests, as it may be.
     away: tuple[type[Exception], ...] = (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)
-    patterns = [pattern for pattern in _PATTERNS if pattern != "*.safetensors"]
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_SMALL))
     except HFValidationError:
         return None
     except away:

@@ -14,13 +14,10 @@ from loraweld.checkpoint.opening import open_regular
 
 
 class MountedFile(Protocol):
-    """What reading needs of a file: its size, what identifies its content, its bytes at any place, from any thread."""
+    """What reading needs of a file: its size, and its bytes at any place, from any thread."""
 
     @property
     def size(self) -> int: ...
-
-    @property
-    def identity(self) -> str: ...
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `offset`."""

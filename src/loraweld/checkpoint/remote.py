@@ -1,10 +1,11 @@
-"""A base that stays where it is: its small files in a temporary folder, its weights read by ranges as they are needed.
+"""A folder that stays where it is: its small files in a temporary one, its weights read by ranges as they are needed.
 
 Weights are mounted beside the small files (see `mounted`), so that nothing after this knows the difference.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import threading
@@ -14,10 +15,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import TypeVar
 
 from loraweld.checkpoint.mounted import mount_for
-from loraweld.errors import CheckpointError
+from loraweld.checkpoint.origins import Look, Origin, stand_for
+from loraweld.errors import CheckpointError, shortened
 from loraweld.hub.client import explained
 
 # Small reads are served from pieces of this size; those of neighbouring rows lie in the same.
@@ -30,14 +33,19 @@ _STREAMED = ".safetensors"
 _TRIES = 6
 _FINAL = (401, 403, 404)  # asking again gives the same answer
 _FIRST_WAIT_SECONDS = 0.5
-_MAX_SMALL_BYTES = 100 << 20
+MAX_SMALL_BYTES = 100 << 20
+_NOT_IN_NAMES = re.compile(r"[\x00-\x1f\x7f\\:]")
+_Answer = TypeVar("_Answer")
 # (path, start, end) → those bytes, from any thread.
 ReadRange = Callable[[str, int, int], bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file of a remote folder: its path there, its size, and what changes with its content."""
+    """A file of a remote folder: its size, and what changes with its content.
+
+    `path` names the folder too; it is the same in every process, is shown to the user, and holds no credentials.
+    """
 
     path: str
     size: int
@@ -47,20 +55,45 @@ class Entry:
 class RemoteFolder:
     """A temporary folder that stands for a remote one; it lives as long as this object.
 
-    `files` by their names in the folder; those in `weights` are mounted, the others copied by `read`.
+    It has the last part of the remote one's name. `files` by their names in it; those in `weights` are mounted, the
+    others copied by `read`. `look` tells what their content is identified by now, by `Entry.path`.
+
+    Raises:
+        CheckpointError: a file cannot be read, or has a name that leads out of the folder.
     """
 
-    def __init__(self, read: ReadRange, files: Mapping[str, Entry], weights: Container[str]) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="loraweld-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+    def __init__(
+        self, name: str, read: ReadRange, files: Mapping[str, Entry], weights: Container[str], look: Look
+    ) -> None:
+        scratch = Path(tempfile.mkdtemp(prefix="loraweld-"))
+        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        self.folder = scratch / _plain_name(name, name)
+        self.folder.mkdir()
         cache = _Pieces()
-        for name, entry in files.items():
-            path = self.folder / PurePosixPath(name)
-            if name in weights:
+        for relative, entry in files.items():
+            path = self.folder.joinpath(*(_plain_name(part, entry.path) for part in relative.split("/")))
+            if relative in weights:
                 mount_for(self, path, RemoteFile(read, entry, cache))
-            elif entry.size <= _MAX_SMALL_BYTES:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(_fetch(read, entry, 0, entry.size))
+            else:
+                _copy(read, entry, path)
+            stand_for(self, path, Origin(entry.path, entry.identity, look))
+
+
+def _plain_name(part: str, where: str) -> str:
+    """Strangers name the files: none may lead out of the folder."""
+    if part in ("", ".", "..") or _NOT_IN_NAMES.search(part):
+        raise CheckpointError(f"{where}: {shortened(part)} is no name of a file or folder; rename it")
+    return part
+
+
+def _copy(read: ReadRange, entry: Entry, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            for start in range(0, entry.size, MAX_SMALL_BYTES):  # small files as one: not every server cuts them
+                file.write(_fetch(read, entry, start, min(start + MAX_SMALL_BYTES, entry.size)))
+    except OSError as error:
+        raise CheckpointError(f"{entry.path}: cannot be copied to {path.parent}: {error.strerror or error}") from None
 
 
 def hub_folder(
@@ -91,7 +124,12 @@ def hub_folder(
         raise CheckpointError(
             f"base {name!r} has no *{_STREAMED}, and other weights are not streamed; leave out --stream-base"
         )
-    chosen = {path: one for path, one in files.items() if path in weights or not path.endswith(_STREAMED)}
+    chosen = {
+        path: one
+        for path, one in files.items()
+        if path in weights or (not path.endswith(_STREAMED) and one.size <= MAX_SMALL_BYTES)
+    }
+    identities = {one.path: one.identity for one in chosen.values()}  # those of a commit stay
     filesystem = HfFileSystem(token=token, endpoint=constants.ENDPOINT, skip_instance_cache=True)
 
     def read(path: str, start: int, end: int) -> bytes:
@@ -104,7 +142,7 @@ def hub_folder(
                 raise
         raise AssertionError
 
-    return RemoteFolder(read, chosen, weights), commit
+    return RemoteFolder(name.rpartition("/")[2], read, chosen, weights, lambda: identities), commit
 
 
 class _Pieces:
@@ -136,7 +174,6 @@ class RemoteFile:
         self._entry = entry
         self._cache = cache
         self.size = entry.size
-        self.identity = entry.identity
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `offset`.
@@ -173,22 +210,36 @@ def _fetch(read: ReadRange, entry: Entry, start: int, end: int) -> bytes:
     Raises:
         CheckpointError: the last try has failed too.
     """
+    if end <= start:
+        return b""
+
+    def whole() -> bytes:
+        data = read(entry.path, start, end)
+        if len(data) != end - start:
+            raise EOFError(f"{len(data)} of {end - start} bytes came")
+        return data
+
+    return insistent(f"{entry.path}: cannot be read at byte {start}", entry.path, whole)
+
+
+def insistent(what: str, path: str, ask: Callable[[], _Answer]) -> _Answer:
+    """Return the answer to what is asked of the network; `what` could not be done otherwise, with `path`.
+
+    Raises:
+        CheckpointError: asking again gives the same answer, or the last try has failed too.
+    """
     problem = ""
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
         try:
-            data = read(entry.path, start, end) if end > start else b""
+            return ask()
         except CheckpointError:
             raise
         except PermissionError as error:
-            raise CheckpointError(f"{entry.path}: may not be read: {error}") from None
+            raise CheckpointError(f"{path}: may not be read: {error}") from None
         except FileNotFoundError:
-            raise CheckpointError(f"{entry.path}: is not there any more; did it change?") from None
+            raise CheckpointError(f"{path}: is not there any more; did it change?") from None
         except Exception as error:  # whatever the file system's client raises: its connections may recover
             problem = f"{type(error).__name__}: {str(error)[:200]}"
-            continue
-        if len(data) == end - start:
-            return data
-        problem = f"{len(data)} of {end - start} bytes came"
-    raise CheckpointError(f"{entry.path}: cannot be read at byte {start}: {problem}; the same command continues")
+    raise CheckpointError(f"{what}: {problem}; the same command continues")

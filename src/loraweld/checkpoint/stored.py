@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from typing import BinaryIO
 
 from loraweld.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
 from loraweld.checkpoint.mounted import mounted, open_stored
+from loraweld.checkpoint.origins import Look, origin_of
 from loraweld.dtypes import num_bytes
 from loraweld.errors import CheckpointError, shortened
 
@@ -161,19 +163,50 @@ def stored_bytes(path: Path, file: BinaryIO) -> int:
 
 
 def file_identity(path: Path) -> Identity:
-    """Return what tells this content of `path` from another one without reading it."""
-    served = mounted(path)
-    return _identity(path.stat()) if served is None else (served.identity,)
+    """Return what tells `path` and its content from others without reading it: the same in every process.
+
+    Of a file that stands for another one it is that of the other, as it was when it was taken from there.
+    """
+    return _lasting(path) or _identity(path, path.stat())
 
 
 def identity_of(path: Path, file: BinaryIO) -> Identity:
-    """The same of what is open already, whatever has its name by now."""
-    served = mounted(path)
-    return _identity(os.fstat(file.fileno())) if served is None else (served.identity,)
+    """The same of what is open already, whatever has its name by now; () of values in memory, where none lasts."""
+    is_served = mounted(path) is not None
+    return _lasting(path) or (() if is_served else _identity(path, os.fstat(file.fileno())))
 
 
-def _identity(info: os.stat_result) -> Identity:
-    return info.st_size, info.st_mtime_ns, info.st_ino
+def _lasting(path: Path) -> Identity:
+    origin = origin_of(path)
+    return (origin.name, origin.identity) if origin is not None else ()
+
+
+def _identity(path: Path, info: os.stat_result) -> Identity:
+    return str(path), info.st_size, info.st_mtime_ns, info.st_ino
+
+
+class IdentitiesNow:
+    """What `file_identity` would be of files that were opened now; a place far away is asked once for all its files."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Look, Mapping[str, str]] = {}
+
+    def of(self, path: Path) -> Identity:
+        """Return that of `path`.
+
+        Raises:
+            OSError: it is not there any more.
+            CheckpointError: the place far away cannot be asked.
+        """
+        origin = origin_of(path)
+        if origin is None:
+            return file_identity(path)
+        if origin.look not in self._seen:
+            self._seen[origin.look] = origin.look()
+        found = self._seen[origin.look]
+        if origin.name not in found:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), origin.name)
+        return origin.name, found[origin.name]
 
 
 def _tensors(path: Path, header: Header) -> list[StoredTensor]:

@@ -15,6 +15,7 @@ from loraweld.adapter.config import CONFIG_NAME
 from loraweld.adapter.files import SAFE_NAME, Adapter, Scratch, open_adapter
 from loraweld.checkpoint.jsonfile import dump_json
 from loraweld.checkpoint.stored import StoredTensor
+from loraweld.checkpoint.url import shown
 from loraweld.combine.methods import Combination
 from loraweld.combine.modules import CombinedModule, combined_modules, kept_tensors
 
@@ -30,7 +31,7 @@ def combined_adapter(adapters: Sequence[Adapter], combination: Combination, *, b
     modules = combined_modules(adapters, combination)
     kept = kept_tensors(adapters, modules)
     scratch = Scratch()
-    config = _config(adapters, modules, kept) | {"base_model_name_or_path": base[0], "revision": base[1]}
+    config = _config(adapters, modules, kept) | {"base_model_name_or_path": shown(base[0]), "revision": base[1]}
     (scratch.folder / CONFIG_NAME).write_text(dump_json(config), encoding="utf-8")
     _write(scratch.folder / SAFE_NAME, modules, [tensor for _, tensor in kept], combination)
     label = f"{' + '.join(adapter.label for adapter in adapters)} ({combination.method})"

@@ -59,7 +59,7 @@ def extract(
     """Write to the folder `output` the PEFT LoRA adapter of low rank that leads from `base` to `tuned`.
 
     Args:
-        base: the model to start from, a folder or a Hub id; quantised ones are decoded.
+        base: the model to start from, a folder, a Hub id or a URL; quantised ones are decoded.
         tuned: the model to come to, of the same architecture.
         output: the folder that will hold the adapter; it appears when it is complete.
         rank: the largest rank of any module.

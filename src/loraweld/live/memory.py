@@ -39,11 +39,6 @@ class TensorBytes:
             # With a gap, no range of one tensor can be taken for the beginning of the next.
             self.size += tensor.numel() * tensor.element_size() // _ALIGNMENT * _ALIGNMENT + _ALIGNMENT
 
-    @property
-    def identity(self) -> str:
-        """Values in memory have none that lasts."""
-        return ""
-
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `offset`, all of one tensor; only what is asked for is copied."""
         if not len(buffer):

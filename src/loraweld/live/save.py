@@ -331,7 +331,7 @@ def _request(options: SaveOptions, folders: list[Path], output: Path, base: Base
         overwrite=True,
         **extra,
     )
-    return replace(request, adapters=tuple(folders), max_memory_bytes=min(memory, MAX_MEMORY_BYTES))
+    return replace(request, adapters=tuple(map(str, folders)), max_memory_bytes=min(memory, MAX_MEMORY_BYTES))
 
 
 def _planned(request: MergeRequest, facts: Facts, options: SaveOptions) -> MergePlan:

@@ -11,8 +11,9 @@ from typing import Any
 from loraweld.adapter.config import CONFIG_NAME
 from loraweld.adapter.files import open_adapter
 from loraweld.checkpoint.base import Base, open_base
-from loraweld.checkpoint.hub import known_config, locate_base
+from loraweld.checkpoint.hub import Located, known_config, locate_base
 from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.checkpoint.url import shown
 from loraweld.errors import CheckpointError, LoraweldError, RequestError
 from loraweld.naming.places import places
 from loraweld.page.changes import TensorChange
@@ -110,7 +111,7 @@ def gather_compared(first: str, second: str) -> PageFacts:
 def _shown(name: str) -> str:
     """A local folder by its last part, since pages are sent around."""
     path = Path(name)
-    return path.resolve().name if path.is_dir() else name
+    return path.resolve().name if path.is_dir() else shown(name)
 
 
 def base_name(base: Base) -> str:
@@ -120,13 +121,14 @@ def base_name(base: Base) -> str:
 
 def _open(name: str, token: str | bool | None) -> tuple[Path, Mapping[str, Any], Base | None]:
     """Return the folder of a model, its record and its weights."""
-    folder = locate_base(name, token=token).folder
+    located = locate_base(name, token=token)
+    folder = located.folder
     if (folder / CONFIG_NAME).exists():
         raise RequestError(f"{folder} is an adapter; a report is of a model, and compares it with its base")
     record_path = folder / RECORD_NAME
     record = read_json_object(record_path) if record_path.exists() else {}
     _check_record(record, record_path)
-    return folder, record, _open_model(folder, record)
+    return folder, record, _open_model(located, record)
 
 
 def unmeasured(model: Base) -> tuple[TensorChange, ...]:
@@ -152,12 +154,12 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"is no record that loraweld wrote: wrong types of {', '.join(wrong)}", path=path)
 
 
-def _open_model(folder: Path, record: Mapping[str, Any]) -> Base | None:
+def _open_model(located: Located, record: Mapping[str, Any]) -> Base | None:
     """The merged model, beside GGUF files too; None if the output is these files alone."""
     if record.get("save_method") != "gguf":
-        return open_base(folder)
-    merged = folder / MERGED_FOLDER
-    return open_base(merged) if merged.is_dir() else None
+        return open_base(located.folder, scratch=located.scratch)
+    merged = located.folder / MERGED_FOLDER
+    return open_base(merged, scratch=located.scratch) if merged.is_dir() else None
 
 
 def _find_base(

@@ -88,10 +88,11 @@ def report_page(
     how much of the adapter's change is left in it.
 
     Args:
-        model: the output of a merge, a folder or a Hub id.
+        model: the output of a merge, a folder, a Hub id or a URL.
         output: the file for the page.
-        base: the base that it was merged into, a folder or a Hub id; None looks for the one that the record names in
-            the Hub's cache, beside the model and in the current folder. Without one the page shows what the record has.
+        base: the base that it was merged into, a folder, a Hub id or a URL; None looks for the one that the record
+            names in the Hub's cache, beside the model and in the current folder. Without one the page shows what the
+            record has.
         adapter: the adapter that was merged, or several, in order; () looks for those that the record names, beside the
             model and in the current folder. With them all is compared with base + adapter, as `verify` does.
         run: the file with what `loraweld merge --json` printed, for the time it took.

@@ -15,7 +15,7 @@ from loraweld.planning.claims import Claim
 from loraweld.planning.companions import companion_files, tokenizer_size
 from loraweld.planning.disk import free_bytes
 from loraweld.planning.encode import EncodedOutput, encode_output
-from loraweld.planning.facts import Facts
+from loraweld.planning.facts import Facts, input_folders
 from loraweld.planning.fit import fitting_claims
 from loraweld.planning.layout import SHARD_BYTES, index_file, keep_layout, repack
 from loraweld.planning.memory import plan_memory
@@ -45,13 +45,13 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     """
     base = facts.base
     adapters = [adapter for adapter in facts.given if adapter.weight]
-    check_output(request, [base.folder, *(adapter.folder for adapter in facts.given)])
+    check_output(request, input_folders(base, facts.given, facts.tokenizer))
     claims = fitting_claims(base, facts.adapters, facts.ties, expert_layout=request.expert_layout)
     by_flag = flag_is_free(base.config)
     resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors, by_flag=by_flag)
     check_ties_known(base, resolved.changes)
     check_shared_known(base, resolved.changes)
-    tokenizers = _tokenizers(request, adapters)
+    tokenizers = _tokenizers(facts, adapters)
     grown = grow_to_tokenizer(base, resolved.changes, _tokens_needed(tokenizers))
     dtype, task = output_dtype(base, request), find_task(adapters, resolved.changes)
     seed = request.rounding_seed
@@ -88,7 +88,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
             *(Input(file.path, file.identity) for file in base.files if not isinstance(file, MemoryFile)),
             *(Input(adapter.weights, adapter.identity) for adapter in facts.given),
         ),
-        scratch=(*facts.adapters, base.scratch),
+        scratch=(*facts.adapters, *facts.given, facts.tokenizer, base.scratch),
         item_bytes=memory.item_bytes,
         workers=memory.workers,
         peak_memory_bytes=memory.peak_bytes,
@@ -109,9 +109,9 @@ def _weights(request: MergeRequest, base: Base, output: EncodedOutput) -> tuple[
     return keep_layout(base, output.recipes)
 
 
-def _tokenizers(request: MergeRequest, adapters: Sequence[Adapter]) -> list[Path]:
+def _tokenizers(facts: Facts, adapters: Sequence[Adapter]) -> list[Path]:
     """The folders whose tokenizer files take the place of the base's."""
-    return [request.tokenizer] if request.tokenizer else [adapter.folder for adapter in adapters]
+    return [facts.tokenizer.folder] if facts.tokenizer else [adapter.folder for adapter in adapters]
 
 
 def _config_edits(

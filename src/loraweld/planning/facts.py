@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraweld.adapter.files import Adapter, open_adapter
 from loraweld.checkpoint.base import Base, open_base
 from loraweld.checkpoint.encodings.encoded import Source
-from loraweld.checkpoint.hub import locate_adapter, locate_base, stream_base
+from loraweld.checkpoint.hub import Located, locate_adapter, locate_base, locate_tokenizer, stream_base
 from loraweld.checkpoint.stored import StoredTensor, same_bytes
+from loraweld.checkpoint.url import check_not_url
 from loraweld.combine.adapter import combined_adapter
 from loraweld.errors import RequestError, listing
 from loraweld.naming.tied import Tie, find_ties, known_ties
@@ -26,6 +27,7 @@ class Facts:
     """The base, the adapters, and which parameters of the base share a tensor.
 
     `given` are the adapters as asked for, `adapters` those that are merged: the same, or the one they were combined to.
+    `tokenizer` is the folder of the one to ship, if it was asked for.
     `twins` are those of the ties whose values are stored under both names: they stay so.
     """
 
@@ -33,6 +35,7 @@ class Facts:
     adapters: tuple[Adapter, ...]
     given: tuple[Adapter, ...]
     ties: tuple[Tie, ...]
+    tokenizer: Located | None = None
     twins: tuple[Tie, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -54,9 +57,29 @@ def gather_facts(request: MergeRequest) -> Facts:
 
 def _combined(request: MergeRequest, facts: Facts, base: tuple[str, str | None]) -> Facts:
     """Return the facts with the adapters made one. That may take long, so what can be refused before is."""
-    check_output(request, [facts.base.folder, *(adapter.folder for adapter in facts.given)])
+    check_output(request, input_folders(facts.base, facts.given, facts.tokenizer))
     fitting_claims(facts.base, [replace(adapter, weight=1.0) for adapter in facts.given], facts.ties)
     return replace(facts, adapters=(combined_adapter(facts.given, request.combination, base=base),))
+
+
+def input_folders(base: Base | None, adapters: Iterable[Adapter], tokenizer: Located | None) -> list[Path]:
+    """Return the folders that are read, none of which an output may touch."""
+    return [place.folder for place in (base, *adapters, tokenizer) if place is not None]
+
+
+def open_tokenizer(request: MergeRequest) -> Located | None:
+    """Return the folder of the tokenizer that was asked for, None if none was.
+
+    Raises:
+        RequestError: it is not a folder.
+        CheckpointError: there is no such folder at its URL.
+    """
+    if request.tokenizer is None:
+        return None
+    located = locate_tokenizer(request.tokenizer, token=request.token)
+    if not located.folder.is_dir():
+        raise RequestError(f"tokenizer {request.tokenizer} is not a folder")
+    return located
 
 
 def open_adapters(request: MergeRequest) -> tuple[Adapter, ...]:
@@ -66,12 +89,12 @@ def open_adapters(request: MergeRequest) -> tuple[Adapter, ...]:
         LoraweldError: one is missing, damaged or of an unknown kind.
     """
     weights = request.combination.weights
-    return tuple(_open(path, weight, request) for path, weight in zip(request.adapters, weights, strict=True))
+    return tuple(_open(name, weight, request) for name, weight in zip(request.adapters, weights, strict=True))
 
 
-def _open(path: Path, weight: float, request: MergeRequest) -> Adapter:
-    located = locate_adapter(path, token=request.token)
-    adapter = open_adapter(located.folder, label=located.label if located.commit else None)
+def _open(name: str, weight: float, request: MergeRequest) -> Adapter:
+    located = locate_adapter(name, token=request.token)
+    adapter = open_adapter(located.folder, label=located.label if located.commit else None, place=located.scratch)
     return replace(adapter, weight=weight)
 
 
@@ -88,7 +111,15 @@ def facts_of(request: MergeRequest, base: Base, adapters: tuple[Adapter, ...]) -
         notes = as_given_notes(base, adapters)
     base, replicated = replicated_base(request, base, adapters)
     ties = find_ties(base.tensors, base.config)
-    return Facts(base=base, adapters=adapters, given=adapters, ties=ties, twins=twins, notes=(*notes, *replicated))
+    return Facts(
+        base=base,
+        adapters=adapters,
+        given=adapters,
+        ties=ties,
+        tokenizer=open_tokenizer(request),
+        twins=twins,
+        notes=(*notes, *replicated),
+    )
 
 
 def stored_once(base: Base) -> tuple[Base, tuple[Tie, ...]]:
@@ -119,6 +150,7 @@ def named_base(request: MergeRequest, adapters: Sequence[Adapter]) -> tuple[str,
 
     Raises:
         RequestError: they name none, or different ones.
+        CheckpointError: they name a URL.
     """
     if request.base is not None:
         return request.base, None
@@ -129,4 +161,5 @@ def named_base(request: MergeRequest, adapters: Sequence[Adapter]) -> tuple[str,
     name, revision = named.pop()
     if not name:
         raise RequestError(f"{adapters[0].config.path}: names no base model; give it with --base")
+    check_not_url(name, str(adapters[0].config.path), "--base")
     return name, revision

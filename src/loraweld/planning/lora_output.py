@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from loraweld.adapter.config import CONFIG_NAME
-from loraweld.adapter.files import SAFE_NAME
+from loraweld.adapter.files import SAFE_NAME, in_file
 from loraweld.combine.adapter import combined_adapter
 from loraweld.errors import RequestError
 from loraweld.planning.companions import override_files
 from loraweld.planning.disk import free_bytes
-from loraweld.planning.facts import named_base, open_adapters
+from loraweld.planning.facts import input_folders, named_base, open_adapters, open_tokenizer
 from loraweld.planning.memory import LIBRARY_BYTES
 from loraweld.planning.merge_plan import Input, MergePlan, SmallFile
 from loraweld.planning.paths import check_output
@@ -32,16 +32,17 @@ def plan_lora(request: MergeRequest) -> MergePlan:
         raise RequestError("weights and scale have no effect with save_method lora and one adapter; leave them out")
     if request.dtype != "auto" or request.max_shard_bytes is not None:
         raise RequestError("dtype and max_shard_size have no effect with save_method lora; leave them out")
-    given = open_adapters(request)
-    check_output(request, [adapter.folder for adapter in given])
+    given, located = open_adapters(request), open_tokenizer(request)
+    check_output(request, input_folders(None, given, located))
     adapter = given[0]
     if combination.makes_adapter:
         adapter = combined_adapter(given, combination, base=named_base(request, given))
+    adapter = in_file(adapter)
     files = [
         SmallFile(name=CONFIG_NAME, source=adapter.config.path),
         SmallFile(name=SAFE_NAME, source=adapter.safetensors),
     ]
-    tokenizer = request.tokenizer or given[-1].folder
+    tokenizer = (located or given[-1]).folder
     files += [SmallFile(name=p.relative_to(tokenizer).as_posix(), source=p) for p in override_files(tokenizer)]
     return MergePlan(
         base=adapter.config.base or "",
@@ -55,7 +56,7 @@ def plan_lora(request: MergeRequest) -> MergePlan:
         modules=(),
         notes=(),
         inputs=tuple(Input(adapter.weights, adapter.identity) for adapter in given),
-        scratch=(adapter,),
+        scratch=(adapter, *given, located),
         item_bytes=0,
         workers=1,
         peak_memory_bytes=LIBRARY_BYTES,

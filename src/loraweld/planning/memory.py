@@ -21,6 +21,7 @@ from loraweld.adapter.edits import (
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.checkpoint.encodings.microscaled import MxFp4, NvFp4
 from loraweld.checkpoint.remote import CACHE_BYTES, REQUEST_BYTES
+from loraweld.checkpoint.url import is_url
 from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
@@ -37,6 +38,8 @@ TILE_ELEMENTS = 1 << 20
 PEFT_COPIES = 12
 FROD_COPIES = 18
 PEFT_LIBRARY_BYTES = 200 << 20
+# A client of an object store with what it imports, measured with s3fs 2026.9.
+CLIENT_BYTES = 40 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +87,10 @@ def _library_bytes(recipes: Iterable[Recipe]) -> int:
 
 
 def _network_bytes(request: MergeRequest, workers: int) -> int:
-    """What lies in memory of a base that is read from the network."""
-    return CACHE_BYTES + workers * REQUEST_BYTES if request.stream_base else 0
+    """What lies in memory of a base and of adapters that are read from the network."""
+    urls = [is_url(name) for name in (request.base or "", *request.adapters)]
+    places = sum(urls) + (request.stream_base and not urls[0])
+    return places * CACHE_BYTES + bool(places) * workers * REQUEST_BYTES + sum(urls) * CLIENT_BYTES
 
 
 def _largest_matrix(recipes: Iterable[Recipe]) -> tuple[int, str]:

@@ -18,9 +18,7 @@ def check_output(request: MergeRequest, inputs: Iterable[Path]) -> None:
     """
     if request.streams_to_hub or request.reads_only:
         return  # nothing is written there
-    check_place(request.output, [*inputs, *([request.tokenizer] if request.tokenizer else [])])
-    if request.tokenizer and not request.tokenizer.is_dir():
-        raise RequestError(f"tokenizer {request.tokenizer} is not a folder")
+    check_place(request.output, inputs)
 
 
 def check_place(place: Path, inputs: Iterable[Path]) -> None:

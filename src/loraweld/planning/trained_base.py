@@ -16,9 +16,11 @@ from loraweld.checkpoint.base import CONFIG_NAME, Base, open_base
 from loraweld.checkpoint.encodings.bnb4 import NESTED_BLOCKSIZE, Bnb4, state_bytes
 from loraweld.checkpoint.encodings.encoded import EncodedTensor, RequantisedTensor, Source
 from loraweld.checkpoint.encodings.recognise import quantization_settings
-from loraweld.checkpoint.hub import known_config, locate_config
+from loraweld.checkpoint.hub import Located, known_config, locate_config
 from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.checkpoint.mounted import mounted_in
 from loraweld.checkpoint.stored import StoredTensor
+from loraweld.checkpoint.url import check_not_url
 from loraweld.errors import CheckpointError, MatchError, RequestError
 from loraweld.naming.linear import is_expert, is_linear, is_named
 from loraweld.request import QUANT_TYPES, MergeRequest
@@ -37,7 +39,8 @@ def requantised_base(request: MergeRequest, base: Base, adapters: Sequence[Adapt
             f"merge_base quantized-from is for a 16-bit base; {base.label} is quantised, and is what the adapter is "
             "folded onto as it stands"
         )
-    folder, name = _checkpoint(request, adapters)
+    located = _checkpoint(request, adapters)
+    folder, name = located.folder, located.label
     settings = quantization_settings(read_json_object(folder / CONFIG_NAME)) if (folder / CONFIG_NAME).exists() else {}
     if settings and _has_weights(folder):
         encodings = _from_weights(folder, base)
@@ -64,7 +67,7 @@ def as_given_notes(base: Base, adapters: Sequence[Adapter]) -> list[str]:
     return notes
 
 
-def _checkpoint(request: MergeRequest, adapters: Sequence[Adapter]) -> tuple[Path, str]:
+def _checkpoint(request: MergeRequest, adapters: Sequence[Adapter]) -> Located:
     config = adapters[0].config
     name, revision = (request.quantized_base, None) if request.quantized_base else (config.base, config.revision)
     if not name:
@@ -72,11 +75,13 @@ def _checkpoint(request: MergeRequest, adapters: Sequence[Adapter]) -> tuple[Pat
             f"{config.path}: names no base model; say which 4-bit checkpoint it was trained on: "
             "--merge-base quantized-from:CHECKPOINT"
         )
-    return locate_config(name, revision=revision), name
+    if request.quantized_base is None:
+        check_not_url(name, str(config.path), "--merge-base quantized-from:CHECKPOINT")
+    return locate_config(name, revision=revision)
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
+    return any(folder.glob("*.safetensors")) or bool(mounted_in(folder))
 
 
 def _from_weights(folder: Path, base: Base) -> dict[str, Bnb4]:

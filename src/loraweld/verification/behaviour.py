@@ -28,6 +28,8 @@ from torch import Tensor
 from loraweld.adapter.edits import Weighted
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.encodings.encoded import EncodedTensor
+from loraweld.checkpoint.mounted import mounted_in
+from loraweld.checkpoint.origins import place_of
 from loraweld.errors import RequestError, shortened
 from loraweld.free_memory import free_memory_bytes
 from loraweld.request import QUANTIZED_FROM
@@ -71,6 +73,7 @@ def prepare_trial(opened: Opened, intended: Intended, prompts: Sequence[str]) ->
             tokenizer, a prompt is too long, or memory or disk are too small.
     """
     _check_expressible(intended)
+    _check_here(opened, intended)
     with _quiet():
         _check_causal(intended.base.folder)
         if opened.config:  # else it is damaged, and a finding
@@ -126,6 +129,14 @@ def _check_expressible(intended: Intended) -> None:
         )
 
 
+def _check_here(opened: Opened, intended: Intended) -> None:
+    """transformers and PEFT read files, not what is mounted in their place."""
+    folders = [opened.folder, intended.base.folder, *(adapter.folder for adapter in intended.facts.adapters)]
+    away = next((path for folder in folders for path in mounted_in(folder)), None)
+    if away is not None:
+        raise RequestError(f"--behaviour loads models from folders on this machine; {place_of(away)} is not on it")
+
+
 def _acting(intended: Intended) -> list[Adapter]:
     """Those that are merged: as given, or the one that they were combined to."""
     return [adapter for adapter in intended.facts.adapters if adapter.weight != 0]
@@ -152,7 +163,7 @@ def _check_causal(folder: Path) -> None:
 def _tokenizer_folder(opened: Opened, intended: Intended) -> Path:
     """The one asked for, else the output's own, else the one that a merge would have shipped."""
     asked, given = intended.request.tokenizer, [adapter.folder for adapter in intended.facts.given]
-    folders = [asked] if asked else [opened.folder, *given, intended.base.folder]
+    folders = [Path(asked)] if asked else [opened.folder, *given, intended.base.folder]
     found = next((one for one in folders if any((one / name).is_file() for name in _TOKENIZER_FILES)), None)
     if found is None:
         raise RequestError(f"there is no tokenizer in {', '.join(map(str, folders))}; give its folder with --tokenizer")

@@ -90,7 +90,7 @@ def _line(one: TensorDifference) -> str:
 
 
 def compare(first: PathLike, second: PathLike) -> CompareReport:
-    """Compare the decoded values of two models, folders or Hub ids, by the names of their tensors.
+    """Compare the decoded values of two models, folders, Hub ids or URLs, by the names of their tensors.
 
     Raises:
         LoraweldError: one of them is no model, or damaged.

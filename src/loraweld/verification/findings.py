@@ -127,7 +127,7 @@ class VerifyReport:
     `behaviour` is None if nothing was run, or the output could not be.
     """
 
-    output: Path
+    output: Path | str
     base: str
     adapters: tuple[str, ...]
     sample: float

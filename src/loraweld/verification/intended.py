@@ -11,6 +11,7 @@ from typing import Any
 
 from loraweld.checkpoint.base import CONFIG_NAME, Base
 from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.checkpoint.url import is_url
 from loraweld.dtypes import NAME_BY_FLOAT_CODE
 from loraweld.errors import RequestError
 from loraweld.naming.tied import Tie
@@ -102,9 +103,10 @@ def _config(plan: MergePlan, base: Base) -> Mapping[str, Any]:
 
 
 def _recorded_base(record: Mapping[str, Any]) -> str | None:
-    """A base of the Hub; of a local one the record has the last part of its path only."""
+    """A base of the Hub; of a local one the record has the last part of its path only, and a URL is not followed."""
     base = record.get("base") or {}
-    return str(base["name"]) if base.get("commit") else None
+    name = str(base.get("name"))
+    return name if base.get("commit") and not is_url(name) else None
 
 
 def _dtype(opened: Opened, record: Mapping[str, Any]) -> str:

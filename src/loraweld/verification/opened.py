@@ -11,6 +11,7 @@ from loraweld.checkpoint.base import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, holds
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.encodings.recognise import recognise
 from loraweld.checkpoint.jsonfile import read_json_object
+from loraweld.checkpoint.mounted import exists, mounted_in
 from loraweld.checkpoint.stored import StoredTensor, read_safetensors
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import CheckpointError, listing
@@ -55,7 +56,7 @@ def open_output(folder: Path) -> Opened:
         base = open_base(folder)
         opened.stored, opened.tensors, opened.aside = dict(base.stored), base.tensors, base.aside
         return opened
-    there = sorted(path.name for path in folder.glob("*.safetensors"))
+    there = sorted(path.name for path in {*folder.glob("*.safetensors"), *mounted_in(folder)})
     if not there:
         raise CheckpointError("holds no *.safetensors; a .gguf cannot be verified, its merged model can", path=folder)
     index = _read_json(opened, INDEX_NAME) if SINGLE_NAME not in there else {}
@@ -116,7 +117,7 @@ def _check_index(opened: Opened, index: Mapping[str, Any]) -> None:
         found = opened.stored.get(name)
         if found is not None and found.path.name != file:
             opened.note("index", name, f"{INDEX_NAME} says {file}, it is in {found.path.name}; write the index again")
-        elif found is None and (opened.folder / file).exists():
+        elif found is None and exists(opened.folder / file):
             opened.note("index", name, f"{INDEX_NAME} says {file}, which does not have it")
     missing = [name for name in opened.stored if name not in weight_map]
     if missing:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.encodings.encoded import Source
+from loraweld.checkpoint.hub import locate_base
 from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
+from loraweld.checkpoint.url import is_url
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import CheckpointError, NumericsError, RequestError
 from loraweld.naming.names import Names
@@ -47,9 +49,9 @@ def verify(
     """Read a merged model again and compare all of it with base + adapters, evaluated anew in float64.
 
     Args:
-        output: the folder of a merged model, made by any tool.
-        base: a folder or a Hub id; None takes the one of loraweld.json if it is of the Hub, else the one that the
-            adapter's config names.
+        output: the folder of a merged model, made by any tool; or its URL.
+        base: a folder, a Hub id or a URL; None takes the one of loraweld.json if it is of the Hub, else the one that
+            the adapter's config names.
         adapter: the adapter that was merged, or several, in order.
         sample: share of the rows of each tensor to look at, more than 0, at most 1; always the same ones.
         behaviour: a text file with one prompt a line: base + adapter and the model are run on them too, in float32 on
@@ -66,11 +68,13 @@ def verify(
     check_sample(sample)
     prompts = _prompts(behaviour)
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
-    folder = Path(output)
+    located = locate_base(os.fspath(output)) if is_url(os.fspath(output)) else None
+    folder = located.folder if located else Path(output)
     opened, intended = open_sides(folder, read_record(folder), base=base, adapters=adapters, options=options)
     trial = prepare_trial(opened, intended, prompts) if prompts else None
     report = verify_opened(opened, intended, sample=sample, progress=progress, started=started)
-    return _tried(report, trial, started) if trial else report
+    report = _tried(report, trial, started) if trial else report
+    return replace(report, output=located.label) if located else report
 
 
 def open_sides(
