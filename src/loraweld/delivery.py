@@ -13,6 +13,7 @@ from typing import Any
 
 from loraweld.checkpoint.stored import file_identity
 from loraweld.errors import CheckpointError, LoraweldError, OutputError
+from loraweld.execute.run import RunResult, fidelity_of, run_plan
 from loraweld.export.pipeline import beside_export
 from loraweld.hub.card import CardFacts, card_text
 from loraweld.hub.repository import CARD_NAME, Repository
@@ -204,10 +205,7 @@ class _Work:
             raise
 
     def _found_published(self, measured: Measured) -> RunFacts:
-        from loraweld.execute.run import fidelity_of  # torch is imported only once there is work
-
-        fidelity = fidelity_of(self.made, measured)
-        return RunFacts(resumed_bytes=self.made.merged_bytes, fidelity=_weights(fidelity))
+        return RunFacts(resumed_bytes=self.made.merged_bytes, fidelity=_weights(self.made, measured))
 
     def _check_unchanged(self) -> None:
         """Raises:
@@ -242,16 +240,15 @@ class _Work:
 
     def _run(self, sink: Any) -> RunFacts:
         """Run the plan and return what only the run could tell."""
-        from loraweld.execute.run import run_plan  # torch is imported only once there is work
-
-        result = run_plan(
-            self.made, sink, closing=lambda run: self._closing(_weights(run.fidelity)), progress=self.progress
+        result = run_plan(self.made, sink, closing=self._closing, progress=self.progress)
+        outcome = result.outcome
+        notes = no_change_notes(self.made) if result.is_whole and not outcome.any_change else []
+        notes += [*base_difference_notes(outcome.base_difference), *nonfinite_notes(outcome.nonfinite)]
+        return RunFacts(
+            resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_weights(self.made, result.measured)
         )
-        notes = no_change_notes(self.made) if result.saw_no_change else []
-        notes += [*base_difference_notes(result.base_difference), *nonfinite_notes(result.nonfinite)]
-        return RunFacts(resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_weights(result.fidelity))
 
-    def _closing(self, fidelity: Sequence[WeightFidelity]) -> Mapping[str, str]:
+    def _closing(self, result: RunResult) -> Mapping[str, str]:
         """What is written last: the card, which tells of the run, and the record.
 
         Raises:
@@ -260,7 +257,7 @@ class _Work:
         self._check_unchanged()
         texts = {}
         if self.card is not None:
-            texts[CARD_NAME] = card_text(self.card, fidelity_lines(fidelity))
+            texts[CARD_NAME] = card_text(self.card, fidelity_lines(_weights(self.made, result.measured)))
         if self.record is not None:
             texts[RECORD_NAME] = self.record
         return texts
@@ -314,10 +311,10 @@ class _Work:
         return sum((self.made.output / name).stat().st_size for name in files)
 
 
-def _weights(fidelity: Mapping[str, Any]) -> tuple[WeightFidelity, ...]:
+def _weights(made: MergePlan, measured: Measured) -> tuple[WeightFidelity, ...]:
     return tuple(
         WeightFidelity(tensor=name, relative_error=found.relative_error, kept=found.kept)
-        for name, found in fidelity.items()
+        for name, found in fidelity_of(made, measured).items()
     )
 
 

@@ -78,6 +78,13 @@ class FolderSink:
         """Write the first `count` bytes of an aligned buffer; at a block-aligned offset if the file is `aligned`."""
         system.write_at(self._descriptors[name], buffer, offset, count)
 
+    def least_bytes(self, size: int) -> int:
+        """Any number of bytes can be written."""
+        return 0
+
+    def end_stretch(self, name: str) -> None:
+        """What was written is where it belongs."""
+
     def copies(self, source: Path) -> bool:
         """Whether a whole file is best copied as one: not if it comes from the network, in pieces."""
         return mounted(source) is None
