@@ -22,6 +22,7 @@ QUANTIZERS = ("mse", "absmax")
 AS_GIVEN, QUANTIZED_FROM = "as-given", "quantized-from"
 EXPERT_LAYOUTS = ("auto", "standard", "swapped")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+EXECUTORS = ("local", "ray")
 MIN_MEMORY_BYTES = 64 * 10**6
 MAX_SIZE_BYTES = 2**62
 MAX_WORKERS = 256
@@ -29,6 +30,8 @@ DEFAULT_WORKERS = 4
 WHOLE_METHODS = ("gguf", "lora")  # their files are made of the whole model, or are small
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_FILE = "file://"
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 PathLike = str | os.PathLike[str]
@@ -41,7 +44,8 @@ class MergeRequest:
     `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
     the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
     `keeps_output` the output is then only the name beside which files are staged. `combination`: how the adapters act
-    together, and how strongly.
+    together, and how strongly. `store`: the URL that the output goes to, `output` is then only its name. `executor`:
+    "local", or "ray" for the tasks of a cluster, at `ray_address`.
     """
 
     adapters: tuple[Path, ...]
@@ -72,6 +76,19 @@ class MergeRequest:
     hub: HubTarget | None = None
     keeps_output: bool = True
     verify: bool = False
+    store: str | None = None
+    executor: str = "local"
+    ray_address: str | None = None
+
+    @property
+    def is_in_parts(self) -> bool:
+        """Whether the output is prepared, made in parts and published."""
+        return self.store is not None or self.executor != "local"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the output, or what is staged of it, is a folder on this machine."""
+        return self.store is None and not self.streams_to_hub
 
     @property
     def streams_to_hub(self) -> bool:
@@ -117,6 +134,8 @@ def make_request(
     majority_sign_method: str | None = None,
     scale: float | None = None,
     verify: bool = False,
+    executor: str = "local",
+    ray_address: str | None = None,
 ) -> MergeRequest:
     """Check the options and return them as one value.
 
@@ -154,13 +173,14 @@ def make_request(
         majority_sign_method=majority_sign_method,
         scale=scale,
     )
+    store = _store(output, method, hub)
     if verify:
-        _check_verifiable(method, is_kept=output is not None)
+        _check_verifiable(method, is_kept=output is not None and store is None)
     folded, _, quantized_base = merge_base.partition(":")
     return MergeRequest(
         adapters=tuple(Path(path) for path in adapters),
         combination=combination,
-        output=_output(Path(output)) if output is not None else _staged_for(hub, method),
+        output=_place(output, store) if output is not None else _staged_for(hub, method),
         base=None if base is None else os.fspath(base),
         save_method=method,
         max_shard_bytes=None if max_shard_size is None else parse_size("max_shard_size", max_shard_size),
@@ -178,6 +198,8 @@ def make_request(
         hub=hub,
         keeps_output=output is not None,
         verify=verify,
+        store=store,
+        **_executor(executor, ray_address),
         **options,
     )
 
@@ -187,7 +209,7 @@ def _check_verifiable(method: str, *, is_kept: bool) -> None:
         raise RequestError(f"verify has no effect with save_method {method}, only with those that write a merged model")
     if not is_kept:
         raise RequestError(
-            "verify needs the whole output; give an output folder too (-o OUT), it is pushed once it holds"
+            "verify needs the whole output in a folder; give one (-o OUT), or verify what has been published"
         )
 
 
@@ -233,6 +255,36 @@ def _staged_for(hub: HubTarget | None, method: str) -> Path:
     """The place, here, of a model that goes to the Hub only: one that is sent in pieces is only staged beside it."""
     assert hub is not None
     return Path(hub.name) if method not in WHOLE_METHODS else Path(f".{hub.name}.loraweld-push") / hub.name
+
+
+def is_url(name: PathLike) -> bool:
+    """Whether `name` is a URL of fsspec, such as s3://bucket/model."""
+    return bool(_URL.match(os.fspath(name)))
+
+
+def _store(output: PathLike | None, method: str, hub: HubTarget | None) -> str | None:
+    """The URL of an output in an object store, None for a folder on this machine."""
+    url = "" if output is None else os.fspath(output)
+    if not is_url(url) or url.startswith(_FILE):
+        return None
+    if url.startswith("hf://"):
+        raise RequestError(f"output {url}: what goes to the Hub is given with push_to_hub, as owner/name")
+    if method in WHOLE_METHODS or hub is not None:
+        what = "push_to_hub" if hub is not None else f"save_method {method}"
+        raise RequestError(f"{what} needs a folder on this machine; {url} is one of an object store")
+    return url.rstrip("/")
+
+
+def _executor(executor: str, ray_address: str | None) -> dict[str, Any]:
+    chosen = _choice("executor", executor, EXECUTORS)
+    if ray_address is not None and chosen != "ray":
+        raise RequestError("ray_address has no effect without executor ray")
+    return {"executor": chosen, "ray_address": ray_address}
+
+
+def _place(output: PathLike, store: str | None) -> Path:
+    """The folder; of a store's only the name."""
+    return _output(Path(os.fspath(output).removeprefix(_FILE))) if store is None else Path(store.rpartition("/")[2])
 
 
 def _output(path: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loraweld.adapter.edits import PeftLayer
 from loraweld.checkpoint.reader import Reader
-from loraweld.execute.items import Item, Stretch, encoded_items, stretches
+from loraweld.execute.items import Copies, Item, Stretch, encoded_items, stretches
 from loraweld.execute.kept import Piece, kept_pieces
 from loraweld.execute.outcome import Outcome
 from loraweld.planning.merge_plan import MergePlan, WeightFile
@@ -46,8 +46,18 @@ class JournalLike(Protocol):
     def append(self, items: Measured) -> None: ...
 
 
-class Sink(Protocol):
-    """Where output goes: files of known size, written in any order, then published; `aligned`: at block borders.
+class Publisher(Protocol):
+    """Takes the small files of an output whose weights are made, and lets all of it appear."""
+
+    def copy(self, name: str, source: Path) -> None: ...
+
+    def write_text(self, name: str, text: str) -> None: ...
+
+    def publish(self) -> None: ...
+
+
+class WeightSink(Protocol):
+    """Where weights go: files of known size, written in any order; `aligned`: at block borders.
 
     A thread writes a stretch from its start to its end, and says when it ends.
     """
@@ -58,27 +68,21 @@ class Sink(Protocol):
     @property
     def files_at_once(self) -> int | None: ...
 
-    def copies(self, source: Path) -> bool: ...
-
-    def starts_from(self, name: str, source: Path) -> bool: ...
-
     def create(self, name: str, size: int, *, aligned: bool) -> None: ...
 
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None: ...
-
-    def least_bytes(self, size: int) -> int: ...
 
     def end_stretch(self, name: str) -> None: ...
 
     def copy(self, name: str, source: Path) -> None: ...
 
-    def write_text(self, name: str, text: str) -> None: ...
-
     def make_durable(self, names: Iterable[str]) -> None: ...
 
     def finish(self, name: str, size: int) -> None: ...
 
-    def publish(self) -> None: ...
+
+class Sink(WeightSink, Publisher, Copies, Protocol):
+    """Where a whole output goes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +120,7 @@ def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progres
     return result
 
 
-def make_weights(plan: MergePlan, sink: Sink, work: Sequence[Stretch], progress: Progress) -> RunResult:
+def make_weights(plan: MergePlan, sink: WeightSink, work: Sequence[Stretch], progress: Progress) -> RunResult:
     """Make some of the weights, those in `work`; what the sink's journal has is not made again.
 
     Raises:
@@ -130,7 +134,7 @@ def make_weights(plan: MergePlan, sink: Sink, work: Sequence[Stretch], progress:
         reader.close()
 
 
-def complete_output(plan: MergePlan, sink: Sink, texts: Mapping[str, str]) -> None:
+def complete_output(plan: MergePlan, sink: Publisher, texts: Mapping[str, str]) -> None:
     """Write the small files beside finished weights, `texts` last, and publish."""
     for small in plan.small:
         if small.source is not None:
@@ -168,7 +172,7 @@ class _Stopped(Exception):
 
 class _Run:
     def __init__(
-        self, plan: MergePlan, sink: Sink, work: Sequence[Stretch], reader: Reader, progress: Progress
+        self, plan: MergePlan, sink: WeightSink, work: Sequence[Stretch], reader: Reader, progress: Progress
     ) -> None:
         self._plan = plan
         self._sink = sink
@@ -233,6 +237,17 @@ class _Run:
     def _one(self, stretch: Stretch) -> None:
         if self._stop.is_set():
             return
+        try:
+            self._write(stretch)
+        except BaseException:
+            self._stop.set()  # before this thread takes the next
+            raise
+        for item in stretch:
+            self._checkpoint.add(item, self._measured[item.key])
+            self._files.item_done(item, finish=self._checkpoint.note_all)
+            self._progress(item.end - item.start)
+
+    def _write(self, stretch: Stretch) -> None:
         for item in stretch:
             self._measured[item.key] = ()
             if item.whole is not None:
@@ -241,10 +256,6 @@ class _Run:
                 self._files.open(item.file)
                 self._make(item)
         self._sink.end_stretch(stretch[0].file.name)
-        for item in stretch:
-            self._checkpoint.add(item, self._measured[item.key])
-            self._files.item_done(item, finish=self._checkpoint.note_all)
-            self._progress(item.end - item.start)
 
     def _make(self, item: Item) -> None:
         """Compute and write the pieces of an item, one after the other."""
@@ -283,7 +294,7 @@ class _Run:
 class _OpenFiles:
     """Opens an output file at its first item and finishes it after its last; no more at once than the sink takes."""
 
-    def __init__(self, work: Iterable[Stretch], sink: Sink, stop: threading.Event) -> None:
+    def __init__(self, work: Iterable[Stretch], sink: WeightSink, stop: threading.Event) -> None:
         self._sink = sink
         self._stop = stop
         self._changed = threading.Condition()
@@ -329,7 +340,7 @@ class _OpenFiles:
 class _Checkpoint:
     """Collects finished items; notes them in the journal once their bytes are durable."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: WeightSink) -> None:
         self._sink = sink
         self._lock = threading.Lock()
         self._noting = threading.Lock()

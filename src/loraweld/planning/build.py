@@ -93,6 +93,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         peak_memory_bytes=memory.peak_bytes,
         free_disk_bytes=free_bytes(request.output),
         allow_nonfinite=request.allow_nonfinite,
+        store=request.store,
     )
 
 

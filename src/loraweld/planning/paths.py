@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loraweld.errors import OutputError, RequestError
-from loraweld.request import MergeRequest
+from loraweld.request import MergeRequest, is_url
 
 
 def check_output(request: MergeRequest, inputs: Iterable[Path]) -> None:
@@ -16,11 +16,20 @@ def check_output(request: MergeRequest, inputs: Iterable[Path]) -> None:
         RequestError: it is, holds, or lies in an input, by any path or link.
         OutputError: it is a file.
     """
-    if request.streams_to_hub:
-        return  # nothing is written there
+    if not request.is_local:
+        _check_store(request)
+        return
     check_place(request.output, [*inputs, *([request.tokenizer] if request.tokenizer else [])])
     if request.tokenizer and not request.tokenizer.is_dir():
         raise RequestError(f"tokenizer {request.tokenizer} is not a folder")
+
+
+def _check_store(request: MergeRequest) -> None:
+    store = f"{request.store}/" if request.store else ""
+    for name in filter(is_url, map(str, (request.base or "", *request.adapters))):
+        source = name.rstrip("/") + "/"
+        if store and (source.startswith(store) or store.startswith(source)):
+            raise RequestError(f"output {request.store} and input {name} lie in one another; choose another output")
 
 
 def check_place(place: Path, inputs: Iterable[Path]) -> None:
