@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 import loraweld
 from fakes import llama_shapes, random_factors, random_tensors, write_adapter, write_base
@@ -79,8 +87,9 @@ def test_three_gigabytes_into_a_store_while_a_worker_is_killed(
     large, declared = merged_by_a_driver(tmp_path / "large", s3, layers=6, kill=True)
     assert large.killed == 1
     assert large.driver_bytes <= 1.15 * small.driver_bytes
-    for peak in (*small.worker_bytes.values(), *large.worker_bytes.values()):
-        assert peak <= declared
+    peaks = [*small.worker_bytes.values(), *large.worker_bytes.values()]
+    print(f"driver {small.driver_bytes >> 20}, {large.driver_bytes >> 20} MiB; workers", [peak >> 20 for peak in peaks])
+    assert max(peaks) <= declared, f"{declared >> 20} MiB declared"
 
 
 @dataclass
@@ -115,8 +124,8 @@ def merged_by_a_driver(folder: Path, s3: Store, *, layers: int, kill: bool) -> t
     (base / "tokenizer.json").write_text("{}")
     adapter = write_adapter(folder / "adapter", random_factors({n: s for n, s in shapes.items() if "proj" in n}))
     loraweld.merge(adapter, base=base, output=folder / "local", workers=2)
-    made = loraweld.plan(adapter, base=base, output=folder / "other", workers=2)
     url = f"s3://{BUCKET}/{folder.name}"
+    made = loraweld.plan(adapter, base=base, output=url, workers=2)
     options = ["--executor", "ray", "--ray-address", ray.get_runtime_context().gcs_address, "--workers", "2"]
     command = ["-m", "loraweld", "merge", adapter, "--base", base, "-o", url, "--quiet", *options]
     watched = Watched()
@@ -137,7 +146,7 @@ def merged_by_a_driver(folder: Path, s3: Store, *, layers: int, kill: bool) -> t
                 assert stored.read(len(piece)) == piece, name
     shutil.rmtree(folder)
     client.rm(url, recursive=True)
-    return watched, made.peak_memory_bytes + on_ray.WORKER_BYTES
+    return watched, on_ray.declared_memory(made)
 
 
 def making_parts() -> list[psutil.Process]:

@@ -17,10 +17,12 @@ from loraweld.distributed.batch import Batch
 from loraweld.distributed.plan_file import document_text, open_batch
 from loraweld.errors import LoraweldError, OutputError, RequestError
 from loraweld.execute.parts import Part
+from loraweld.planning.merge_plan import MergePlan
+from loraweld.sinks.store import THREAD_BYTES
 
 PART_BYTES = 2 << 30
 # What Ray's worker, and the client of an object store, take besides the merge; measured with Ray 2.60, s3fs 2026.9.
-WORKER_BYTES = 160 << 20
+WORKER_BYTES = 200 << 20
 _LOOK_SECONDS = 2.0
 _RETRIES = 5
 _ANSWER_SECONDS = 10.0
@@ -37,7 +39,7 @@ def run_on_ray(batch: Batch, document: Mapping[str, Any], *, address: str | None
     made = batch.delivery.made
     task = ray.remote(_make_part).options(
         num_cpus=-(-made.workers // 2),  # two of four threads compute, the others wait for disk or network
-        memory=made.peak_memory_bytes + WORKER_BYTES,
+        memory=declared_memory(made),
         max_retries=_RETRIES,
         name="loraweld",
     )
@@ -51,6 +53,12 @@ def run_on_ray(batch: Batch, document: Mapping[str, Any], *, address: str | None
         for reference in ready:
             _check(ray, reference, waiting.pop(reference), batch)
         shown.update()
+
+
+def declared_memory(made: MergePlan) -> int:
+    """Return the bytes that a task asks of the cluster."""
+    of_store = made.workers * THREAD_BYTES if made.store else 0
+    return made.peak_memory_bytes + WORKER_BYTES + of_store
 
 
 def _make_part(text: str, count: int, number: int) -> str | None:

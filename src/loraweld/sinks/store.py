@@ -24,7 +24,9 @@ from loraweld.sinks.journal import PartJournal, PartRecord, read_part
 from loraweld.sinks.uploads import GatheredUploads, MultipartUploads, Uploads, part_number, part_unit
 
 _HEAD_NAME = "merge"
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 8 << 20
+# Of each thread: what it holds, a part, and the copies that a client makes of it on its way.
+THREAD_BYTES = 6 * _CHUNK_BYTES
 
 
 class Store:
