@@ -88,7 +88,6 @@ def test_three_gigabytes_into_a_store_while_a_worker_is_killed(
     assert large.killed == 1
     assert large.driver_bytes <= 1.15 * small.driver_bytes
     peaks = [*small.worker_bytes.values(), *large.worker_bytes.values()]
-    print(f"driver {small.driver_bytes >> 20}, {large.driver_bytes >> 20} MiB; workers", [peak >> 20 for peak in peaks])
     assert max(peaks) <= declared, f"{declared >> 20} MiB declared"
 
 

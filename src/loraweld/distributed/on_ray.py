@@ -22,7 +22,7 @@ from loraweld.sinks.store import THREAD_BYTES
 
 PART_BYTES = 2 << 30
 # What Ray's worker, and the client of an object store, take besides the merge; measured with Ray 2.60, s3fs 2026.9.
-WORKER_BYTES = 200 << 20
+WORKER_BYTES = 280 << 20
 _LOOK_SECONDS = 2.0
 _RETRIES = 5
 _ANSWER_SECONDS = 10.0
