@@ -108,11 +108,10 @@ class Simulation:
 def played(plan: MergePlan, machines: Machines, counts: Sequence[int], *, latency: float = 0.0) -> dict[int, float]:
     """Return how many seconds so many machines take, from their start to the adapters' checksum."""
     items = list(work_items(plan, Anywhere()))
-    work = [item_work(item) for item in items]
     adapters = plan.bytes_read - sum(recipe.source.stored_bytes for recipe in plan.recipes)
     times = {}
     for count in counts:
-        parts = [[work[i] for i in part] for part in split(items, count)]
+        parts = [[item_work(item) for item in part] for part in split(items, count)]
         middle = Simulation(machines, parts, plan.workers, latency).seconds()
         times[count] = start_seconds(plan) + middle + adapters / CHECKSUM_BYTES_PER_SECOND
     return times

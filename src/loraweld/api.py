@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loraweld.delivery import Progress, deliver
-from loraweld.errors import RequestError
-from loraweld.export.pipeline import completion, plan_export
+from loraweld.distributed.batch import Batch, merge_in_parts, run_here
+from loraweld.distributed.plan_file import everywhere, load_document, open_batch, plan_document, save_document
+from loraweld.execute.parts import parse_part
+from loraweld.export.pipeline import completion
 from loraweld.hub.card import CardFacts
 from loraweld.hub.repository import Repository, look_at_repository
-from loraweld.planning.build import build_plan
-from loraweld.planning.collector import collector_paused
-from loraweld.planning.facts import Facts, gather_facts
-from loraweld.planning.lora_output import plan_lora
+from loraweld.planning.facts import Facts
 from loraweld.planning.merge_plan import MergePlan
+from loraweld.preparation import plan_request
 from loraweld.report import MergeReport
 from loraweld.request import AS_GIVEN, MergeRequest, PathLike, make_request
 
@@ -70,13 +71,16 @@ def merge(
     majority_sign_method: str | None = None,
     scale: float | None = None,
     verify: bool = False,
+    executor: str = "local",
+    ray_address: str | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge one or more adapters into their base and write one standalone model to the folder `output`.
 
     Args:
         adapter: a PEFT folder, Hub id or URL, or several; their deltas are summed before the only rounding.
-        output: the folder that will hold the model; it appears when it is complete. None with `push_to_hub`: nothing
+        output: the folder that will hold the model; it appears when it is complete. It may be the URL of one in an
+            object store (s3://bucket/model). None with `push_to_hub`: nothing
             stays on this disk, and each file is sent as soon as it is complete.
         base: a folder, a Hub id or a URL; None takes the one that the adapter's config names.
         save_method: "merged_16bit"; "merged_4bit" and "merged_8bit" (bitsandbytes), "merged_fp8" (compressed-tensors);
@@ -120,6 +124,8 @@ def merge(
         scale: strength: a factor of all weights; negative subtracts. None: 1.
         verify: read the staged output again before it appears, compare all of it with base + adapter in float64, and
             refuse to publish what does not hold.
+        executor: "local" for this process, "ray" for the tasks of a Ray cluster; the bytes are the same.
+        ray_address: of the cluster; None takes the one of RAY_ADDRESS, or starts one on this machine.
         progress: called from any thread with the number of weight bytes that became ready.
 
     Raises:
@@ -163,26 +169,10 @@ def merge(
         majority_sign_method=majority_sign_method,
         scale=scale,
         verify=verify,
+        executor=executor,
+        ray_address=ray_address,
     )
     return merge_request(request, progress=progress or (lambda count: None))
-
-
-def plan_request(request: MergeRequest, facts: Facts | None = None) -> tuple[MergePlan, Facts | None]:
-    """Open the inputs, if `facts` are not what is in them, and plan; an adapter written alone has no facts of a base.
-
-    Raises:
-        LoraweldError: the merge would be refused.
-    """
-    try:
-        if request.save_method == "lora":
-            return plan_lora(request), None
-        if request.save_method == "gguf":
-            return plan_export(request, facts)
-        with collector_paused():
-            facts = facts or gather_facts(request)
-            return build_plan(request, facts), facts
-    except OSError as error:  # a name too long, a folder that may not be read
-        raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
 
 
 def merge_request(
@@ -194,6 +184,8 @@ def merge_request(
 ) -> MergeReport:
     """Plan, run and report; `on_plan` is called before the first byte is written, `on_export` before a conversion."""
     started = time.monotonic()
+    if request.is_in_parts:
+        return _merge_in_parts(request, progress=progress, on_plan=on_plan)
     repository = look_at_repository(request.hub) if request.hub is not None else None
     made, facts = plan_request(request)
     if on_plan:
@@ -209,6 +201,86 @@ def merge_request(
         repository=repository,
         card=_card(made, facts, repository) if repository is not None else None,
     )
+
+
+def save_plan(request: MergeRequest, path: Path) -> MergePlan:
+    """Prepare the output for the parts of a merge, and write to `path` what `run_part` and `publish` need.
+
+    Raises:
+        LoraweldError: the merge would be refused, or the output cannot be prepared.
+    """
+    batch = _batch(request)
+    batch.prepare()
+    save_document(plan_document(batch), path)
+    return batch.delivery.made
+
+
+def run_part(
+    path: PathLike,
+    part: str,
+    *,
+    progress: Progress = lambda count: None,
+    on_plan: Callable[[MergePlan], None] | None = None,
+) -> None:
+    """Make part `part`, such as "3/64", of the plan saved at `path`: in any order, anywhere, again if need be.
+
+    Raises:
+        LoraweldError: something the user can fix; what is finished stays.
+    """
+    chosen = parse_part(part)
+    batch = open_batch(load_document(Path(path)), progress=progress)
+    if on_plan:
+        on_plan(batch.delivery.made)
+    batch.run(chosen)
+
+
+def publish(path: PathLike) -> MergeReport:
+    """Let the output of a saved plan appear, once all its parts are made.
+
+    Raises:
+        OutputError: parts are missing; says which.
+    """
+    return open_batch(load_document(Path(path))).publish()
+
+
+def discard(path: PathLike) -> str:
+    """Remove what was made of a saved plan and is not published; return where.
+
+    Raises:
+        LoraweldError: the place cannot be reached, or somebody writes to it.
+    """
+    batch = open_batch(load_document(Path(path)))
+    batch.place.discard()
+    return batch.delivery.made.place
+
+
+def _batch(
+    request: MergeRequest,
+    progress: Progress = lambda count: None,
+    on_plan: Callable[[MergePlan], None] | None = None,
+) -> Batch:
+    """Plan for processes that may have other working directories."""
+    request = everywhere(request)
+    made, facts = plan_request(request)
+    if facts is not None and request.base is None and Path(facts.base.label).exists():  # as the adapter names it
+        request = everywhere(replace(request, base=facts.base.label))
+        made, facts = plan_request(request)
+    if on_plan:
+        on_plan(made)
+    check = _check(request, made, facts) if request.verify else None
+    return Batch.of(request, made, facts, progress=progress, check=check)
+
+
+def _merge_in_parts(
+    request: MergeRequest, *, progress: Progress, on_plan: Callable[[MergePlan], None] | None
+) -> MergeReport:
+    batch = _batch(request, progress, on_plan)
+    if request.executor != "ray":
+        return merge_in_parts(batch, run_here)
+    from loraweld.distributed.on_ray import run_on_ray  # only where it is asked for
+
+    document = plan_document(batch)
+    return merge_in_parts(batch, lambda batch: run_on_ray(batch, document, address=request.ray_address))
 
 
 def _check(request: MergeRequest, made: MergePlan, facts: Facts | None) -> Callable[[Path], None]:

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from loraweld._version import __version__
@@ -70,8 +71,9 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from loraweld.api import plan_request
+    from loraweld.api import save_plan
     from loraweld.execute.sizing import make_machines, size_plan
+    from loraweld.preparation import plan_request
     from loraweld.report import plan_lines
 
     request, rates = _request(arguments), _rates(arguments)
@@ -79,7 +81,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         machines = make_machines(**rates)
     except RequestError as error:
         raise _UsageError(str(error)) from None
-    made, _ = plan_request(request)
+    made = save_plan(request, Path(arguments.save)) if arguments.save else plan_request(request)[0]
     sizing = size_plan(made, machines, arguments.machines) if arguments.machines else None
     if arguments.json:
         print(json.dumps(made.to_json() | ({"sizing": sizing.to_json()} if sizing else {}), indent=2))
@@ -93,6 +95,34 @@ def _rates(arguments: argparse.Namespace) -> dict[str, str]:
     if given and not arguments.machines:
         raise _UsageError(f"{next(iter(given))} has no effect without machines; say how many, e.g. --machines 1 8 64")
     return given
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from loraweld.api import run_part
+    from loraweld.progress import show_progress
+    from loraweld.sinks.system import keep_freed_memory
+
+    keep_freed_memory()
+    with show_progress(quiet=arguments.quiet) as shown:
+        run_part(arguments.plan, arguments.part, progress=shown.advance, on_plan=shown.begin)
+    if not arguments.quiet:
+        print(printable(f"part {arguments.part} of {arguments.plan} is made"))
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    from loraweld.api import publish
+
+    report = publish(arguments.plan)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2))
+    elif not arguments.quiet:
+        print(printable("\n".join(report.lines())))
+
+
+def _discard(arguments: argparse.Namespace) -> None:
+    from loraweld.api import discard
+
+    print(printable(f"{discard(arguments.plan)}: removed what was not published"))
 
 
 def _extract(arguments: argparse.Namespace) -> None:
@@ -224,6 +254,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("expert_layout", "allow_nonfinite", "stream_base", "token", "push_to_hub"),
             *("private", "revision", "create_pr", "commit_message"),
             *("weights", "combine", "density", "seed", "svd_rank", "majority_sign_method", "scale", "verify"),
+            *("executor", "ray_address"),
         )
     }
     for name, value in options.items():
@@ -258,7 +289,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_merge_arguments(plan)
     _add_sizing_arguments(plan.add_argument_group("how long it would take on many machines"))
+    plan.add_argument("--save", metavar="FILE", help="prepare the output, and save what run and publish need")
     plan.set_defaults(run=_plan)
+    _add_parts(commands)
     extract = commands.add_parser(
         "extract",
         help="the way back: the adapter between a base and a tuned model",
@@ -287,6 +320,37 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _add_parts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser(
+        "run",
+        help="make one part of a saved plan",
+        description="Make one part of a plan that was saved, in any order and on any machine; again if need be.",
+        epilog="example: loraweld run plan.json --part 3/64",
+    )
+    run.add_argument("plan", metavar="PLAN", help="what plan --save has written")
+    run.add_argument("--part", required=True, metavar="I/N", help="which part of how many, such as 3/64")
+    run.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    run.set_defaults(run=_run)
+    publish = commands.add_parser(
+        "publish",
+        help="let the output of a saved plan appear",
+        description="Let the output of a saved plan appear once all parts are made; refused while one is missing.",
+        epilog="example: loraweld publish plan.json",
+    )
+    publish.add_argument("plan", metavar="PLAN", help="what plan --save has written")
+    publish.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    publish.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    publish.set_defaults(run=_publish)
+    discard = commands.add_parser(
+        "discard",
+        help="remove what a saved plan has made so far",
+        description="Remove what the parts of a saved plan have made and nobody has published.",
+        epilog="example: loraweld discard plan.json",
+    )
+    discard.add_argument("plan", metavar="PLAN", help="what plan --save has written")
+    discard.set_defaults(run=_discard)
 
 
 def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -347,7 +411,7 @@ def _add_sides(parser: argparse.ArgumentParser, *, base: str, adapter: str = "no
 def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("adapter", nargs="+", metavar="ADAPTER", help="PEFT adapter, a folder, Hub id or URL; several are combined")
-    add("-o", "--output", metavar="OUT", help="folder for the model; it appears when complete")
+    add("-o", "--output", metavar="OUT", help="folder for the model, or URL of one (s3://…); it appears when complete")
     add("--base", metavar="BASE", help="base model, a folder, Hub id or URL (default: the one the adapter names)")
     add(
         "--save-method",
@@ -387,6 +451,7 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     _add_combining_arguments(parser.add_argument_group("strength, and several adapters"))
     _add_encoding_arguments(parser.add_argument_group("quantised bases and outputs"))
     _add_hub_arguments(parser.add_argument_group("the Hub"))
+    _add_machine_arguments(parser.add_argument_group("more than one machine"))
     add("--json", action="store_true", help="print the report as JSON on stdout")
     add("--quiet", action="store_true", help="print nothing but errors")
 
@@ -422,6 +487,17 @@ def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check the output against float64 before it appears; refuse it if it fails",
     )
+
+
+def _add_machine_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--executor",
+        default="local",
+        metavar="NAME",
+        help="local, or ray: parts of the merge become tasks of a Ray cluster (default: %(default)s)",
+    )
+    add("--ray-address", metavar="ADDR", help="of the cluster (default: RAY_ADDRESS, or one on this machine)")
 
 
 def _add_combining_arguments(group: argparse._ArgumentGroup) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from loraweld.checkpoint.origins import place_of
 from loraweld.checkpoint.stored import IdentitiesNow, file_identity
 from loraweld.errors import CheckpointError, LoraweldError, OutputError
+from loraweld.execute.run import RunResult, fidelity_of, run_plan
 from loraweld.export.pipeline import beside_export
 from loraweld.hub.card import CardFacts, card_text
 from loraweld.hub.repository import CARD_NAME, Repository
@@ -73,17 +74,8 @@ def deliver(
         if complete is not None:
             made, complete = beside_export(made, complete, CARD_NAME, card_text(card))
             card = None
-    work = _Work(
-        request=request,
-        made=made,
-        record=record_text(made, facts) if facts else None,
-        card=card,
-        progress=progress,
-        complete=complete,
-        check=check,
-        started=time.monotonic() if started is None else started,
-        streams=request.streams_to_hub and complete is None,
-        copied=_copied(made),
+    work = Delivery.of(
+        request, made, facts, progress=progress, complete=complete, check=check, started=started, card=card
     )
     try:
         if repository is None:
@@ -109,7 +101,7 @@ def _hub_base(facts: Facts | None) -> HubBase | None:
     return HubBase(name=facts.base.label, commit=facts.base.commit)
 
 
-def _send(work: _Work, repository: Repository) -> MergeReport:
+def _send(work: Delivery, repository: Repository) -> MergeReport:
     """Make the output in a folder and commit what is in it; the folder goes, unless it was asked for."""
     request = work.request
     report = work.to_folder()
@@ -120,7 +112,7 @@ def _send(work: _Work, repository: Repository) -> MergeReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
+class Delivery:
     """A plan on its way to its output."""
 
     request: MergeRequest
@@ -134,14 +126,41 @@ class _Work:
     streams: bool
     copied: tuple[Input, ...]
 
+    @classmethod
+    def of(
+        cls,
+        request: MergeRequest,
+        made: MergePlan,
+        facts: Facts | None,
+        *,
+        progress: Progress,
+        complete: Complete | None = None,
+        check: Complete | None = None,
+        started: float | None = None,
+        card: CardFacts | None = None,
+    ) -> Delivery:
+        """Put together what a plan needs on its way; see `deliver`."""
+        return cls(
+            request=request,
+            made=made,
+            record=record_text(made, facts) if facts else None,
+            card=card,
+            progress=progress,
+            complete=complete,
+            check=check,
+            started=time.monotonic() if started is None else started,
+            streams=request.streams_to_hub and complete is None,
+            copied=_copied(made),
+        )
+
     def to_folder(self) -> MergeReport:
         """Find the output finished, compare it, or write it."""
         request, made = self.request, self.made
-        identity = self._identity()
+        identity = self.identity()
         if (published := finish_published(request.output, identity=identity)) is not None:
             if self.check is not None:  # the run that was killed may not have been asked for it
                 self.check(made.output)
-            return self._report(self._found_published(published))
+            return self.report_published(published)
         was_there = self._is_taken()
         if was_there:
             self._check_record()
@@ -150,32 +169,32 @@ class _Work:
             if self.check is not None:
                 self.check(made.output)
             discard_staging(request.output)
-            return self._report(result, was_there=True)
-        self._check_disk(made.disk_bytes)
+            return self.report(result, was_there=True)
+        self.check_disk(made.disk_bytes)
         with open_folder_sink(
             request.output,
             identity=identity,
             resume=request.resume,
             overwrite=request.overwrite,
             model_folder=made.model_folder,
-            complete=self._completion(),
+            complete=self.completion(),
             kind=RepeatedSink if was_there else FolderSink,
         ) as sink:
-            return self._report(self._fill(sink), was_there=was_there)
+            return self.report(self._fill(sink), was_there=was_there)
 
     def to_hub(self, repository: Repository, base: HubBase | None) -> MergeReport:
         """Send each file as soon as it is complete; on the disk there are never more than two."""
         request, made = self.request, self.made
         memory = sent_memory(request.output)
         largest = sorted((file.num_bytes for file in made.weights), reverse=True)
-        self._check_disk(sum(largest[: HubSink.files_at_once]))
+        self.check_disk(sum(largest[: HubSink.files_at_once]))
 
         def hub_sink(*place: Any, **options: Any) -> HubSink:
             return HubSink(*place, upload=Upload(repository, base=base, memory=memory), **options)
 
         with open_folder_sink(
             request.output,
-            identity=self._identity(),
+            identity=self.identity(),
             resume=request.resume,
             overwrite=False,
             kind=hub_sink,
@@ -183,9 +202,9 @@ class _Work:
         ) as sink:
             assert isinstance(sink, HubSink)
             result = self._fill(sink)
-            return replace(self._report(result), pushed=sink.pushed)
+            return replace(self.report(result), pushed=sink.pushed)
 
-    def _completion(self) -> Complete | None:
+    def completion(self) -> Complete | None:
         """What ends an output before it appears: files of other programs, and the check."""
         steps = [step for step in (self.check, self.complete) if step is not None]
 
@@ -204,13 +223,11 @@ class _Work:
             sink.clean_up()  # it would fail again: there is nothing to continue
             raise
 
-    def _found_published(self, measured: Measured) -> RunFacts:
-        from loraweld.execute.run import fidelity_of  # torch is imported only once there is work
+    def report_published(self, measured: Measured) -> MergeReport:
+        """Report an output that a run has published which was killed before it could say so."""
+        return self.report(RunFacts(resumed_bytes=self.made.merged_bytes, fidelity=_weights(self.made, measured)))
 
-        fidelity = fidelity_of(self.made, measured)
-        return RunFacts(resumed_bytes=self.made.merged_bytes, fidelity=_weights(fidelity))
-
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
         """Raises:
         CheckpointError: a file has changed since it was opened, so that the output may be part of each.
         """
@@ -242,31 +259,32 @@ class _Work:
             raise OutputError(TAKEN, path=self.made.output)
 
     def _run(self, sink: Any) -> RunFacts:
-        """Run the plan and return what only the run could tell."""
-        from loraweld.execute.run import run_plan  # torch is imported only once there is work
+        return self.run_facts(run_plan(self.made, sink, closing=self.closing, progress=self.progress))
 
-        result = run_plan(
-            self.made, sink, closing=lambda run: self._closing(_weights(run.fidelity)), progress=self.progress
+    def run_facts(self, result: RunResult) -> RunFacts:
+        """Put what a run has found out into words."""
+        outcome = result.outcome
+        notes = no_change_notes(self.made) if result.is_whole and not outcome.any_change else []
+        notes += [*base_difference_notes(outcome.base_difference), *nonfinite_notes(outcome.nonfinite)]
+        return RunFacts(
+            resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_weights(self.made, result.measured)
         )
-        notes = no_change_notes(self.made) if result.saw_no_change else []
-        notes += [*base_difference_notes(result.base_difference), *nonfinite_notes(result.nonfinite)]
-        return RunFacts(resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_weights(result.fidelity))
 
-    def _closing(self, fidelity: Sequence[WeightFidelity]) -> Mapping[str, str]:
+    def closing(self, result: RunResult) -> Mapping[str, str]:
         """What is written last: the card, which tells of the run, and the record.
 
         Raises:
             CheckpointError: what was read is not what is there now; nothing may appear.
         """
-        self._check_unchanged()
+        self.check_unchanged()
         texts = {}
         if self.card is not None:
-            texts[CARD_NAME] = card_text(self.card, fidelity_lines(fidelity))
+            texts[CARD_NAME] = card_text(self.card, fidelity_lines(_weights(self.made, result.measured)))
         if self.record is not None:
             texts[RECORD_NAME] = self.record
         return texts
 
-    def _check_disk(self, needed: int) -> None:
+    def check_disk(self, needed: int) -> None:
         """Raises:
         OutputError: the disk cannot hold what will lie on it; nothing was written.
         """
@@ -279,20 +297,21 @@ class _Work:
                 path=output,
             )
 
-    def _identity(self) -> str:
+    def identity(self) -> str:
         """A hash of the merge, of the very files it reads (see `file_identity`), and of where it goes."""
         hub = self.request.hub
-        place = (hub.repo_id, hub.revision, hub.create_pr) if hub is not None and self.streams else None
+        place: object = (hub.repo_id, hub.revision, hub.create_pr) if hub is not None and self.streams else None
+        place = self.request.store or place
         digest = hashlib.sha256(f"{self.made.fingerprint}\0{self.record}\0{place}".encode())
         for one in (*self.made.inputs, *self.copied):
             digest.update(repr(one.identity).encode())
         return digest.hexdigest()
 
-    def _report(self, facts: RunFacts, *, was_there: bool = False) -> MergeReport:
+    def report(self, facts: RunFacts, *, was_there: bool = False) -> MergeReport:
         made = self.made
         files = tuple(file.name for file in made.files)
         return MergeReport(
-            output=made.output,
+            output=made.store or made.output,
             base=made.base,
             adapters=made.adapters,
             combination=made.combination,
@@ -311,15 +330,15 @@ class _Work:
         )
 
     def _bytes_written(self, files: Sequence[str]) -> int:
-        if self.streams:
+        if not self.request.is_local:
             return self.made.bytes_written
         return sum((self.made.output / name).stat().st_size for name in files)
 
 
-def _weights(fidelity: Mapping[str, Any]) -> tuple[WeightFidelity, ...]:
+def _weights(made: MergePlan, measured: Measured) -> tuple[WeightFidelity, ...]:
     return tuple(
         WeightFidelity(tensor=name, relative_error=found.relative_error, kept=found.kept)
-        for name, found in fidelity.items()
+        for name, found in fidelity_of(made, measured).items()
     )
 
 

@@ -39,13 +39,13 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """The outcome of `loraweld.merge`. Sizes in bytes, time in seconds.
+    """The outcome of `loraweld.merge`. Sizes in bytes, time in seconds. `output` is a URL if an object store has it.
 
     `resumed_bytes` were finished by an earlier run of the same command; `was_there` says that the output
     already held exactly this result and was compared, not written.
     """
 
-    output: Path
+    output: Path | str
     base: str
     adapters: tuple[str, ...]
     save_method: str
@@ -175,7 +175,7 @@ def _module_lines(modules: Sequence[ModuleLine]) -> list[str]:
 def plan_lines(made: MergePlan) -> list[str]:
     """Return a plan for a person."""
     return [
-        f"base {made.base}, adapter {_adapters(made.adapters, made.combination)} → {made.output} "
+        f"base {made.base}, adapter {_adapters(made.adapters, made.combination)} → {made.place} "
         f"({made.save_method}, {made.dtype}{_rounding(made.rounding_seed)})",
         *map(_file_line, made.files),
         f"tensors: {counts(dict(made.recipes_by_kind))}",

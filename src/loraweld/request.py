@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.encodings.bnb4 import BLOCKSIZES
+from loraweld.checkpoint.url import HUB_SCHEME, is_url, local_path, scheme_of, shown
 from loraweld.combine.methods import Combination, check_seed, make_combination
 from loraweld.errors import OutputError, RequestError
 from loraweld.gguf_types import parse_quantization
@@ -24,6 +25,7 @@ EXPERT_LAYOUTS = ("auto", "standard", "swapped")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 NEAREST, STOCHASTIC = "nearest", "stochastic"
 ROUNDINGS = (NEAREST, STOCHASTIC)
+EXECUTORS = ("local", "ray")
 MIN_MEMORY_BYTES = 64 * 10**6
 MAX_SIZE_BYTES = 2**62
 MAX_WORKERS = 256
@@ -45,9 +47,9 @@ class MergeRequest:
     `merge_base` is "as-given", or "quantized-from" with what follows a colon in `quantized_base`: the checkpoint that
     the adapter was trained on, None for the one that its config names. `hub`: the repository to push to; without
     `keeps_output` the output is then only the name beside which files are staged. `combination`: how the adapters act
-    together, and how strongly. `rounding_seed`: of stochastic rounding, None rounds to nearest.
-    `keeps_output` the output is then only the name beside which files are staged. `reads_only`: the output is there and
-    looked at, nothing is written. `combination`: how the adapters act together, and how strongly.
+    together, and how strongly. `rounding_seed`: of stochastic rounding, None rounds to nearest. `reads_only`: the
+    output is there and looked at, nothing is written. `store`: the URL that the output goes to, `output` is then only
+    its name. `executor`: "local", or "ray" for the tasks of a cluster, at `ray_address`.
     """
 
     adapters: tuple[str, ...]
@@ -80,6 +82,19 @@ class MergeRequest:
     reads_only: bool = False
     verify: bool = False
     rounding_seed: int | None = None
+    store: str | None = None
+    executor: str = "local"
+    ray_address: str | None = None
+
+    @property
+    def is_in_parts(self) -> bool:
+        """Whether the output is prepared, made in parts and published."""
+        return self.store is not None or self.executor != "local"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the output, or what is staged of it, is a folder on this machine."""
+        return self.store is None and not self.streams_to_hub
 
     @property
     def streams_to_hub(self) -> bool:
@@ -126,6 +141,8 @@ def make_request(
     majority_sign_method: str | None = None,
     scale: float | None = None,
     verify: bool = False,
+    executor: str = "local",
+    ray_address: str | None = None,
 ) -> MergeRequest:
     """Check the options and return them as one value.
 
@@ -165,13 +182,14 @@ def make_request(
         scale=scale,
         seed_is_shared=rounding_seed is not None,
     )
+    store = _store(output, method, hub)
     if verify:
-        _check_verifiable(method, is_kept=output is not None)
+        _check_verifiable(method, is_kept=output is not None and store is None)
     folded, _, quantized_base = merge_base.partition(":")
     return MergeRequest(
         adapters=tuple(os.fspath(path) for path in adapters),
         combination=combination,
-        output=_output(Path(output)) if output is not None else _staged_for(hub, method),
+        output=_place(output, store) if output is not None else _staged_for(hub, method),
         base=None if base is None else os.fspath(base),
         save_method=method,
         max_shard_bytes=None if max_shard_size is None else parse_size("max_shard_size", max_shard_size),
@@ -190,6 +208,8 @@ def make_request(
         keeps_output=output is not None,
         verify=verify,
         rounding_seed=rounding_seed,
+        store=store,
+        **_executor(executor, ray_address),
         **options,
     )
 
@@ -213,7 +233,7 @@ def _check_verifiable(method: str, *, is_kept: bool) -> None:
         raise RequestError(f"verify has no effect with save_method {method}, only with those that write a merged model")
     if not is_kept:
         raise RequestError(
-            "verify needs the whole output; give an output folder too (-o OUT), it is pushed once it holds"
+            "verify needs the whole output in a folder; give one (-o OUT), or verify what has been published"
         )
 
 
@@ -259,6 +279,34 @@ def _staged_for(hub: HubTarget | None, method: str) -> Path:
     """The place, here, of a model that goes to the Hub only: one that is sent in pieces is only staged beside it."""
     assert hub is not None
     return Path(hub.name) if method not in WHOLE_METHODS else Path(f".{hub.name}.loraweld-push") / hub.name
+
+
+def _store(output: PathLike | None, method: str, hub: HubTarget | None) -> str | None:
+    """The URL of an output in an object store, None for a folder on this machine."""
+    url = "" if output is None else os.fspath(output)
+    if not is_url(url) or local_path(url) is not None:
+        return None
+    if scheme_of(url) == HUB_SCHEME:
+        raise RequestError(f"output {url}: what goes to the Hub is given with push_to_hub, as owner/name")
+    if method in WHOLE_METHODS or hub is not None:
+        what = "push_to_hub" if hub is not None else f"save_method {method}"
+        raise RequestError(f"{what} needs a folder on this machine; {shown(url)} is not on it")
+    return url.rstrip("/")
+
+
+def _executor(executor: str, ray_address: str | None) -> dict[str, Any]:
+    chosen = _choice("executor", executor, EXECUTORS)
+    if ray_address is not None and chosen != "ray":
+        raise RequestError("ray_address has no effect without executor ray")
+    return {"executor": chosen, "ray_address": ray_address}
+
+
+def _place(output: PathLike, store: str | None) -> Path:
+    """The folder; of a store's only the name."""
+    if store is not None:
+        return Path(shown(store).rpartition("/")[2])
+    name = os.fspath(output)
+    return _output(Path((local_path(name) if is_url(name) else None) or name))
 
 
 def _output(path: Path) -> Path:

@@ -26,7 +26,7 @@ _EXACT_ELEMENTS = 1 << 13  # at a time: each takes two rows of factors in float6
 
 
 @dataclass(slots=True)
-class Outcome:
+class Findings:
     """What a whole run came to: whether any delta was there, whether any output differs from its base.
 
     `differences`: how far the weights that were taken to their 4-bit form are from the given ones. `allow_nonfinite`:
@@ -72,7 +72,7 @@ class Scratch:
 class TensorEditor:
     """Computes rows of one recipe; serves all threads. The first that needs its kernels makes them."""
 
-    def __init__(self, recipe: Recipe, reader: Reader, outcome: Outcome, *, unit_rows: int = 1) -> None:
+    def __init__(self, recipe: Recipe, reader: Reader, outcome: Findings, *, unit_rows: int = 1) -> None:
         self.recipe = recipe
         self._reader = reader
         self.outcome = outcome

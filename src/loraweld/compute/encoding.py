@@ -10,7 +10,7 @@ import torch
 
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.encoder import open_encoder
-from loraweld.compute.editor import EditSession, Outcome, Scratch, TensorEditor
+from loraweld.compute.editor import EditSession, Findings, Scratch, TensorEditor
 from loraweld.compute.fidelity import Fidelity
 from loraweld.planning.merge_plan import Recipe
 
@@ -20,7 +20,7 @@ _SESSION_ELEMENTS = 1 << 24
 class WeightEncoding:
     """Makes the stored form of one recipe, within one thread; `fidelity` says how good it is, if it was edited."""
 
-    def __init__(self, recipe: Recipe, reader: Reader, outcome: Outcome, scratch: Scratch) -> None:
+    def __init__(self, recipe: Recipe, reader: Reader, outcome: Findings, scratch: Scratch) -> None:
         assert recipe.encoding is not None
         unit_rows = recipe.encoding.unit_rows(recipe.shape)
         self.fidelity = Fidelity()

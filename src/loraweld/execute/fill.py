@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from threading import Lock
@@ -11,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from loraweld.checkpoint.reader import Reader
-from loraweld.compute.editor import EditSession, Outcome, Scratch, TensorEditor
+from loraweld.compute.editor import EditSession, Findings, Scratch, TensorEditor
 from loraweld.compute.encoding import WeightEncoding
 from loraweld.compute.kernels import Ints
-from loraweld.errors import NumericsError
 from loraweld.execute.items import Item
 from loraweld.execute.kept import Piece, fill_kept
+from loraweld.execute.outcome import Outcome
 from loraweld.planning.merge_plan import Recipe
 
 
@@ -28,7 +27,7 @@ class Filler:
         self._num_editors = num_editors
         self._editors: OrderedDict[str, TensorEditor] = OrderedDict()
         self._lock = Lock()
-        self._outcome = Outcome(allow_nonfinite=allow_nonfinite)
+        self._found = Findings(allow_nonfinite=allow_nonfinite)
         self._measured: dict[str, Sequence[float]] = {}
 
     def pieces(self, item: Item, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
@@ -45,7 +44,7 @@ class Filler:
 
     def _encode(self, item: Item, recipe: Recipe, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
         """Compute a weight, put it into its encoding and pack codes and scales one after the other."""
-        work = WeightEncoding(recipe, self._reader, self._outcome, scratch)
+        work = WeightEncoding(recipe, self._reader, self._found, scratch)
         start, used = item.start, 0
         for data in work.stream():
             done = 0
@@ -68,33 +67,20 @@ class Filler:
             if not piece.recipe.keeps_bytes and piece.recipe.num_bytes:
                 _PieceWriter(self._editor(piece.recipe), piece.offset, item, buffer, scratch).write()
 
-    def base_difference(self) -> float | None:
-        """Return ‖dequant(quant(W)) - W‖ / ‖W‖ over all weights that were taken to their 4-bit form, None without."""
-        found = self._outcome.differences
-        weight = sum(one.squared_weight for one in found)
-        return math.sqrt(sum(one.squared_error for one in found) / weight) if weight else None
-
-    def nonfinite(self) -> tuple[str, ...]:
-        """Return the names of the weights that were written with values that are not finite."""
-        return tuple(sorted(self._outcome.nonfinite))
-
-    def check_any_change(self) -> bool:
-        """Return whether any edited tensor differs from its base; refuse if nothing is left of what was trained.
-
-        Raises:
-            NumericsError: deltas were not zero, yet no tensor differs from its base after rounding.
-        """
-        if self._outcome.had_delta and not self._outcome.any_change:
-            raise NumericsError(
-                "every change of the adapter is smaller than the output can hold: the result would be the base. "
-                "Give --dtype float32 or, to keep them in the mean, --rounding stochastic --seed N; --save-method "
-                "merged_16bit if weights are encoded; or a larger --scale"
-            )
-        return self._outcome.any_change
+    def outcome(self) -> Outcome:
+        """Return what was found out so far."""
+        found = self._found
+        return Outcome(
+            had_delta=found.had_delta,
+            any_change=found.any_change,
+            squared_error=sum(one.squared_error for one in found.differences),
+            squared_weight=sum(one.squared_weight for one in found.differences),
+            nonfinite=tuple(sorted(found.nonfinite)),
+        )
 
     def _editor(self, recipe: Recipe) -> TensorEditor:
         with self._lock:
-            editor = self._editors.pop(recipe.name, None) or TensorEditor(recipe, self._reader, self._outcome)
+            editor = self._editors.pop(recipe.name, None) or TensorEditor(recipe, self._reader, self._found)
             self._editors[recipe.name] = editor
             while len(self._editors) > self._num_editors:
                 self._editors.popitem(last=False)

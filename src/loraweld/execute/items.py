@@ -49,6 +49,10 @@ class Item:
         return self.encoded is None and all(piece.recipe.keeps_bytes for piece in self.placed)
 
 
+# Neighbouring items of one file, which one thread makes in order.
+Stretch = tuple[Item, ...]
+
+
 class Copies(Protocol):
     """What a sink can do with a file of the base."""
 
@@ -57,6 +61,9 @@ class Copies(Protocol):
 
     def starts_from(self, name: str, source: Path) -> bool:
         """Whether output file `name` begins as a clone of `source`, so that only what changes is written."""
+
+    def least_bytes(self, size: int) -> int:
+        """The least that is written in one go to a file of `size` bytes; its end may be shorter."""
 
 
 def work_items(plan: MergePlan, sink: Copies) -> Iterator[Item]:
@@ -69,6 +76,22 @@ def work_items(plan: MergePlan, sink: Copies) -> Iterator[Item]:
                 yield from _ranges(file, start, end, plan.item_bytes)
         else:
             yield from _items(file, plan.item_bytes)
+
+
+def stretches(plan: MergePlan, sink: Copies) -> list[Stretch]:
+    """Return the items of all weight files in order, put together to what the sink takes in one go."""
+    found: list[Stretch] = []
+    for item in work_items(plan, sink):
+        last = found[-1] if found else None
+        if last and last[-1].file is item.file and _num_bytes(last) < sink.least_bytes(item.file.num_bytes):
+            found[-1] = (*last, item)
+        else:
+            found.append((item,))
+    return found
+
+
+def _num_bytes(stretch: Stretch) -> int:
+    return stretch[-1].end - stretch[0].start
 
 
 def encoded_items(plan: MergePlan) -> Iterator[Item]:

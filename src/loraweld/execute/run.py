@@ -7,6 +7,7 @@ copied while one of the threads imports torch.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loraweld.adapter.edits import PeftLayer
 from loraweld.checkpoint.reader import Reader
-from loraweld.execute.items import Item, encoded_items, work_items
+from loraweld.execute.items import Copies, Item, Stretch, encoded_items, stretches
 from loraweld.execute.kept import Piece, kept_pieces
+from loraweld.execute.outcome import Outcome
 from loraweld.planning.merge_plan import MergePlan, WeightFile
 from loraweld.sinks.system import aligned_buffer
 
@@ -44,8 +46,21 @@ class JournalLike(Protocol):
     def append(self, items: Measured) -> None: ...
 
 
-class Sink(Protocol):
-    """Where output goes: files of known size, written in any order, then published; `aligned`: at block borders."""
+class Publisher(Protocol):
+    """Takes the small files of an output whose weights are made, and lets all of it appear."""
+
+    def copy(self, name: str, source: Path) -> None: ...
+
+    def write_text(self, name: str, text: str) -> None: ...
+
+    def publish(self) -> None: ...
+
+
+class WeightSink(Protocol):
+    """Where weights go: files of known size, written in any order; `aligned`: at block borders.
+
+    A thread writes a stretch from its start to its end, and says when it ends.
+    """
 
     @property
     def journal(self) -> JournalLike: ...
@@ -53,40 +68,39 @@ class Sink(Protocol):
     @property
     def files_at_once(self) -> int | None: ...
 
-    def copies(self, source: Path) -> bool: ...
-
-    def starts_from(self, name: str, source: Path) -> bool: ...
-
     def create(self, name: str, size: int, *, aligned: bool) -> None: ...
 
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None: ...
 
-    def copy(self, name: str, source: Path) -> None: ...
+    def end_stretch(self, name: str) -> None: ...
 
-    def write_text(self, name: str, text: str) -> None: ...
+    def copy(self, name: str, source: Path) -> None: ...
 
     def make_durable(self, names: Iterable[str]) -> None: ...
 
     def finish(self, name: str, size: int) -> None: ...
 
-    def publish(self) -> None: ...
+
+class Sink(WeightSink, Publisher, Copies, Protocol):
+    """Where a whole output goes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
     """Bytes of weights that this run made, and those it found finished by an earlier one.
 
-    `saw_no_change`: this run made everything, and no edit changed its tensor. `fidelity`: by the names of the weights
-    that were edited and encoded. `base_difference`: of the 4-bit form folded onto, relative to the given weights.
-    `nonfinite`: the weights that this run wrote with values that are not finite.
+    `measured`: of the finished items, by their keys. `outcome`: of what this run made.
     """
 
     made_bytes: int
     resumed_bytes: int
-    saw_no_change: bool
-    fidelity: dict[str, Fidelity]
-    base_difference: float | None
-    nonfinite: tuple[str, ...] = ()
+    measured: Measured
+    outcome: Outcome
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this run made everything."""
+        return not self.resumed_bytes
 
 
 Closing = Callable[[RunResult], Mapping[str, str]]
@@ -99,22 +113,37 @@ def run_plan(plan: MergePlan, sink: Sink, *, closing: Closing, progress: Progres
         LoraweldError: a source is damaged, a value does not exist in the output dtype.
         OSError: the sink cannot be written; what is finished stays journalled.
     """
+    result = make_weights(plan, sink, stretches(plan, sink), progress)
+    if result.is_whole:
+        result.outcome.check_any_change()
+    complete_output(plan, sink, closing(result))
+    return result
+
+
+def make_weights(plan: MergePlan, sink: WeightSink, work: Sequence[Stretch], progress: Progress) -> RunResult:
+    """Make some of the weights, those in `work`; what the sink's journal has is not made again.
+
+    Raises:
+        LoraweldError, OSError: as `run_plan`.
+    """
     reader = Reader()
-    run = _Run(plan, sink, reader, progress)
     try:
         _rehearse(plan, reader)
-        result = run.weights()
-        for small in plan.small:
-            if small.source is not None:
-                sink.copy(small.name, small.source)
-            else:
-                sink.write_text(small.name, small.text or "")
-        for name, text in closing(result).items():
-            sink.write_text(name, text)
-        sink.publish()
+        return _Run(plan, sink, work, reader, progress).weights()
     finally:
         reader.close()
-    return result
+
+
+def complete_output(plan: MergePlan, sink: Publisher, texts: Mapping[str, str]) -> None:
+    """Write the small files beside finished weights, `texts` last, and publish."""
+    for small in plan.small:
+        if small.source is not None:
+            sink.copy(small.name, small.source)
+        else:
+            sink.write_text(small.name, small.text or "")
+    for name, text in texts.items():
+        sink.write_text(name, text)
+    sink.publish()
 
 
 def fidelity_of(plan: MergePlan, measured: Measured) -> dict[str, Fidelity]:
@@ -142,45 +171,50 @@ class _Stopped(Exception):
 
 
 class _Run:
-    def __init__(self, plan: MergePlan, sink: Sink, reader: Reader, progress: Progress) -> None:
+    def __init__(
+        self, plan: MergePlan, sink: WeightSink, work: Sequence[Stretch], reader: Reader, progress: Progress
+    ) -> None:
         self._plan = plan
         self._sink = sink
+        self._stretches = work
         self._reader = reader
         self._progress = progress
         self._local = threading.local()
         self._stop = threading.Event()
         # One thread per core computes, the others wait for the disk: more would only wait for each other.
         self._computing = threading.Semaphore(os.cpu_count() or 1)
-        self._items = list(work_items(plan, sink))
-        self._files = _OpenFiles(self._items, sink, self._stop)
+        self._files = _OpenFiles(work, sink, self._stop)
         self._checkpoint = _Checkpoint(sink)
         self._measured: dict[str, Sequence[float]] = {}
         self._filler: Future[Filler]
         self._restore_threads: Callable[[], None] = lambda: None
 
     def weights(self) -> RunResult:
-        done = [item for item in self._items if item.key in self._sink.journal.done]
-        left = [item for item in self._items if item.key not in self._sink.journal.done]
+        journal = self._sink.journal.done
+        left: list[Stretch] = []
+        done: list[Item] = []
+        for stretch in self._stretches:
+            if all(item.key in journal for item in stretch):
+                done += stretch
+            else:
+                left.append(stretch)
         resumed = sum(item.end - item.start for item in done)
         self._progress(resumed)
         for item in done:
             self._files.item_done(item)
-        self._measured = {item.key: self._sink.journal.done[item.key] for item in done}
-        self._work(left if self._sink.files_at_once else sorted(left, key=lambda item: not item.is_kept))
-        filler = self._filler.result()
+        self._measured = {item.key: journal[item.key] for item in done}
+        self._work(left if self._sink.files_at_once else sorted(left, key=lambda one: not one[0].is_kept))
         return RunResult(
-            made_bytes=sum(item.end - item.start for item in left),
+            made_bytes=sum(item.end - item.start for one in left for item in one),
             resumed_bytes=resumed,
-            saw_no_change=not done and not filler.check_any_change(),
-            fidelity=fidelity_of(self._plan, self._measured),
-            base_difference=filler.base_difference(),
-            nonfinite=filler.nonfinite(),
+            measured=self._measured,
+            outcome=self._filler.result().outcome(),
         )
 
-    def _work(self, items: list[Item]) -> None:
+    def _work(self, work: Iterable[Stretch]) -> None:
         with ThreadPoolExecutor(self._plan.workers, thread_name_prefix="loraweld") as pool:
             self._filler = pool.submit(self._ready_filler)
-            futures: list[Future[Any]] = [self._filler, *(pool.submit(self._one, item) for item in items)]
+            futures: list[Future[Any]] = [self._filler, *(pool.submit(self._one, stretch) for stretch in work)]
             try:
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 _raise_first(finished)
@@ -200,18 +234,28 @@ class _Run:
         torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
         return Filler(self._reader, num_editors=self._plan.workers + 1, allow_nonfinite=self._plan.allow_nonfinite)
 
-    def _one(self, item: Item) -> None:
+    def _one(self, stretch: Stretch) -> None:
         if self._stop.is_set():
             return
-        self._measured[item.key] = ()
-        if item.whole is not None:
-            self._sink.copy(item.file.name, item.whole)
-        else:
-            self._files.open(item.file)
-            self._make(item)
-        self._checkpoint.add(item, self._measured[item.key])
-        self._files.item_done(item, finish=self._checkpoint.note_all)
-        self._progress(item.end - item.start)
+        try:
+            self._write(stretch)
+        except BaseException:
+            self._stop.set()  # before this thread takes the next
+            raise
+        for item in stretch:
+            self._checkpoint.add(item, self._measured[item.key])
+            self._files.item_done(item, finish=self._checkpoint.note_all)
+            self._progress(item.end - item.start)
+
+    def _write(self, stretch: Stretch) -> None:
+        for item in stretch:
+            self._measured[item.key] = ()
+            if item.whole is not None:
+                self._sink.copy(item.file.name, item.whole)
+            else:
+                self._files.open(item.file)
+                self._make(item)
+        self._sink.end_stretch(stretch[0].file.name)
 
     def _make(self, item: Item) -> None:
         """Compute and write the pieces of an item, one after the other."""
@@ -250,14 +294,14 @@ class _Run:
 class _OpenFiles:
     """Opens an output file at its first item and finishes it after its last; no more at once than the sink takes."""
 
-    def __init__(self, items: Iterable[Item], sink: Sink, stop: threading.Event) -> None:
+    def __init__(self, work: Iterable[Stretch], sink: WeightSink, stop: threading.Event) -> None:
         self._sink = sink
         self._stop = stop
         self._changed = threading.Condition()
         self._open: set[str] = set()
         self._finished: set[str] = set()
         self._left: dict[str, int] = {}
-        for item in items:
+        for item in itertools.chain.from_iterable(work):
             self._left[item.file.name] = self._left.get(item.file.name, 0) + 1
 
     def open(self, file: WeightFile) -> None:
@@ -296,7 +340,7 @@ class _OpenFiles:
 class _Checkpoint:
     """Collects finished items; notes them in the journal once their bytes are durable."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: WeightSink) -> None:
         self._sink = sink
         self._lock = threading.Lock()
         self._noting = threading.Lock()

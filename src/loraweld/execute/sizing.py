@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from loraweld.checkpoint.encodings.encoded import EncodedTensor, Encoding, Requa
 from loraweld.checkpoint.encodings.scaled import Scaled
 from loraweld.errors import RequestError
 from loraweld.execute.items import Item, work_items
+from loraweld.execute.parts import shares
 from loraweld.planning.merge_plan import MergePlan, Recipe
 from loraweld.request import parse_size
 
@@ -146,6 +146,9 @@ class Anywhere:
     def starts_from(self, name: str, source: Path) -> bool:
         return False
 
+    def least_bytes(self, size: int) -> int:
+        return 0
+
 
 def make_machines(
     *, network_bandwidth: str = "10Gbit", disk_bandwidth: str | None = None, store_bandwidth: str | None = None
@@ -191,7 +194,7 @@ def size_plan(plan: MergePlan, machines: Machines, counts: Sequence[int]) -> Siz
     items = list(work_items(plan, Anywhere()))
     work = [item_work(item) for item in items]
     whole = _sum(work)
-    parts = {count: [_sum(work[i] for i in part) for part in split(items, count)] for count in counts}
+    parts = {count: [_sum(map(item_work, part)) for part in split(items, count)] for count in counts}
     longest = max((one.alone(machines) for one in work), default=0.0)
     return Sizing(
         machines=machines,
@@ -227,16 +230,9 @@ def start_seconds(plan: MergePlan) -> float:
     return START_SECONDS + PLAN_SECONDS_PER_TENSOR * sum(len(file.placed) for file in plan.weights)
 
 
-def split(items: Sequence[Item], count: int) -> list[range]:
-    """Return `count` runs of neighbouring items, each of about as many bytes as the others."""
-    total = sum(item.end - item.start for item in items)
-    borders, done = [0], 0
-    for index, item in enumerate(items):
-        while len(borders) < count and done * count >= total * len(borders):
-            borders.append(index)
-        done += item.end - item.start
-    borders += [len(items)] * (count + 1 - len(borders))
-    return [range(start, stop) for start, stop in pairwise(borders)]
+def split(items: Sequence[Item], count: int) -> list[list[Item]]:
+    """Return the items of each of `count` parts, as `shares` cuts them."""
+    return [[item for (item,) in share] for share in shares([(item,) for item in items], count)]
 
 
 def item_work(item: Item) -> Work:

@@ -142,7 +142,7 @@ def _staging(output: Path) -> Iterator[Path]:
     staging = output.absolute() / _STAGING
     is_new = not output.exists()
     try:
-        with system.exclusive_lock(staging / "lock") as locked:
+        with system.file_lock(staging / "lock") as locked:
             if not locked:
                 raise OutputError("another export into this folder is running", path=output)
             work = staging / "work"

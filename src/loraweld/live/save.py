@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from loraweld.adapter.files import open_adapter
-from loraweld.api import plan_request
 from loraweld.checkpoint.base import CONFIG_NAME, Base
 from loraweld.checkpoint.encodings.recognise import quantization_settings, recognise
 from loraweld.checkpoint.hub import known_config, small_files
@@ -39,6 +38,7 @@ from loraweld.live.weights import base_of, base_state, checkpoint_tensors, state
 from loraweld.planning.companions import override_files
 from loraweld.planning.facts import Facts, facts_of
 from loraweld.planning.merge_plan import RECORD_NAME, MergePlan, SmallFile
+from loraweld.preparation import plan_request
 from loraweld.request import QUANT_TYPES, MergeRequest, make_request
 
 MAX_MEMORY_BYTES = 512 * 10**6  # more does not make it faster

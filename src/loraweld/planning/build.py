@@ -8,6 +8,7 @@ from pathlib import Path
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.stored import MemoryFile
+from loraweld.checkpoint.url import shown
 from loraweld.naming.roles import is_output_embedding
 from loraweld.naming.tied import flag_is_free
 from loraweld.planning.changes import Resolved, combine_claims, resolve_ties
@@ -95,6 +96,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         free_disk_bytes=free_bytes(request.output),
         allow_nonfinite=request.allow_nonfinite,
         rounding_seed=seed,
+        store=request.store and shown(request.store),
     )
 
 

@@ -231,8 +231,8 @@ class MergePlan:
     `combination` says how the adapters act together, None if each acts as it was trained and all are added.
     `rounding_seed` is that of stochastic rounding, None if what is changed is rounded to nearest.
     `inputs` are the weight files that are read; it is checked that they are the same when the output is complete, and
-    when a run is resumed. `scratch` keeps alive what recipes read from beside them (an unpickled adapter), and nothing
-    else.
+    when a run is resumed. With a `store` the output goes to that URL, and `output` is only its name. `scratch` keeps
+    alive what recipes read from beside them (an unpickled adapter), and nothing else.
     """
 
     base: str
@@ -254,6 +254,12 @@ class MergePlan:
     combination: Combination | None = None
     allow_nonfinite: bool = False
     rounding_seed: int | None = None
+    store: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the output goes: a folder, or the URL of one."""
+        return self.store or str(self.output)
 
     @property
     def recipes(self) -> Iterator[Recipe]:
@@ -349,7 +355,7 @@ class MergePlan:
             "base": self.base,
             "adapters": list(self.adapters),
             "combination": self.combination.to_json() if self.combination else None,
-            "output": str(self.output),
+            "output": self.place,
             "save_method": self.save_method,
             "dtype": self.dtype,
             "rounding": rounding_json(self.rounding_seed),

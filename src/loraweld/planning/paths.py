@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from loraweld.checkpoint.url import is_url, shown
 from loraweld.errors import OutputError, RequestError
 from loraweld.request import MergeRequest
 
@@ -16,9 +17,22 @@ def check_output(request: MergeRequest, inputs: Iterable[Path]) -> None:
         RequestError: it is, holds, or lies in an input, by any path or link.
         OutputError: it is a file.
     """
-    if request.streams_to_hub or request.reads_only:
-        return  # nothing is written there
-    check_place(request.output, inputs)
+    if request.reads_only:
+        return
+    if request.is_local:
+        check_place(request.output, inputs)
+    else:
+        _check_store(request)
+
+
+def _check_store(request: MergeRequest) -> None:
+    store = f"{request.store}/" if request.store else ""
+    for name in filter(is_url, map(str, (request.base or "", *request.adapters))):
+        source = name.rstrip("/") + "/"
+        if store and (source.startswith(store) or store.startswith(source)):
+            raise RequestError(
+                f"output {shown(store)} and input {shown(name)} lie in one another; choose another output"
+            )
 
 
 def check_place(place: Path, inputs: Iterable[Path]) -> None:

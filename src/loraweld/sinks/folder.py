@@ -22,7 +22,7 @@ from pathlib import Path
 from loraweld.checkpoint.mounted import mounted
 from loraweld.errors import OutputError
 from loraweld.sinks import system
-from loraweld.sinks.journal import Journal, Measured, folder_number, read_journal
+from loraweld.sinks.journal import Journal, Measured, PartJournal, folder_number, read_journal
 
 _CLONED_NAME = "cloned"
 TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
@@ -44,7 +44,7 @@ class FolderSink:
         self,
         target: Path,
         staging: Path,
-        journal: Journal,
+        journal: Journal | PartJournal,
         *,
         overwrite: bool,
         model_folder: str = "",
@@ -77,6 +77,13 @@ class FolderSink:
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None:
         """Write the first `count` bytes of an aligned buffer; at a block-aligned offset if the file is `aligned`."""
         system.write_at(self._descriptors[name], buffer, offset, count)
+
+    def least_bytes(self, size: int) -> int:
+        """Any number of bytes can be written."""
+        return 0
+
+    def end_stretch(self, name: str) -> None:
+        """What was written is where it belongs."""
 
     def copies(self, source: Path) -> bool:
         """Whether a whole file is best copied as one: not if it comes from the network, in pieces."""
@@ -148,7 +155,7 @@ class FolderSink:
 
     def clean_up(self) -> None:
         """Remove the staging folder: after publishing, or when there is nothing to continue."""
-        _remove(self._staging)
+        remove_staging(self._staging)
 
     def close(self) -> None:
         """Close what is still open; what was journalled stays for the next run."""
@@ -191,8 +198,8 @@ def open_folder_sink(
         OutputError: another merge into the same place is running, or the place cannot be written.
     """
     staging = staging_folder(target)
-    with _locked(target, staging):
-        _restore_interrupted_replace(target, staging)
+    with locked_place(target, staging):
+        restore_interrupted_replace(target, staging)
         output, path = staging / "model", staging / "journal"
         journal = Journal.resume(path, identity, output) if resume else None
         if journal is None:
@@ -222,11 +229,11 @@ def finish_published(target: Path, *, identity: str) -> Measured | None:
     _sweep(staging)
     if not staging.exists():
         return None
-    with _locked(target, staging):
+    with locked_place(target, staging):
         head, done, _ = read_journal(staging / "journal")
         if not target.is_dir() or head != {"merge": identity, "folder": folder_number(target)}:
             return None
-        _remove(staging)
+        remove_staging(staging)
         return done
 
 
@@ -234,13 +241,18 @@ def discard_staging(target: Path) -> None:
     """Remove what is staged for an output that turned out to be complete."""
     staging = staging_folder(target)
     if staging.exists():
-        with _locked(target, staging):
-            _remove(staging)
+        with locked_place(target, staging):
+            remove_staging(staging)
 
 
 @contextmanager
-def _locked(target: Path, staging: Path) -> Iterator[None]:
-    with system.exclusive_lock(staging / "lock") as locked:
+def locked_place(target: Path, staging: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of an output place; a `shared` one keeps out all but the other parts of the same merge.
+
+    Raises:
+        OutputError: somebody else has it.
+    """
+    with system.file_lock(staging / "lock", shared=shared) as locked:
         if not locked:
             raise OutputError(
                 "another merge into this place is running; wait for it or choose another output", path=target
@@ -248,7 +260,7 @@ def _locked(target: Path, staging: Path) -> Iterator[None]:
         yield
 
 
-def _remove(staging: Path) -> None:
+def remove_staging(staging: Path) -> None:
     """Remove a staging folder in one step for others to see: by name first, then its contents."""
     aside = staging.with_name(f"{staging.name}.removed-{os.getpid()}")
     staging.replace(aside)
@@ -261,7 +273,7 @@ def _sweep(staging: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _restore_interrupted_replace(target: Path, staging: Path) -> None:
+def restore_interrupted_replace(target: Path, staging: Path) -> None:
     """A kill between the two renames of a replacement without exchange: the old model goes back first."""
     old = staging / "old"
     if old.exists() and not target.exists():

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 Measured = Mapping[str, Sequence[float]]
 
@@ -90,6 +91,59 @@ def _closed_if_failed(file: BinaryIO) -> Iterator[None]:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """What a part of a merge has noted.
+
+    `outcome` is what it has found out, None until it is done, and for good if several runs have made it: then nobody
+    knows all of it.
+    """
+
+    done: Measured = field(default_factory=dict)
+    outcome: Mapping[str, Any] | None = None
+
+
+class PartJournal:
+    """The journal of one part: a document that is written anew as a whole, so that an object can hold it.
+
+    `save` makes it durable.
+    """
+
+    def __init__(self, identity: str, record: PartRecord, save: Callable[[bytes], None]) -> None:
+        self.done = record.done
+        self.outcome = record.outcome
+        self._identity = identity
+        self._save = save
+
+    def append(self, items: Measured) -> None:
+        """Note items whose bytes are durable; returns when the note is."""
+        self.done = {**self.done, **items}
+        self._write()
+
+    def conclude(self, outcome: Mapping[str, Any] | None) -> None:
+        """Note that the part is done."""
+        self.outcome = outcome
+        self._write()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _write(self) -> None:
+        self._save(json.dumps({"merge": self._identity, "done": self.done, "outcome": self.outcome}).encode())
+
+
+def read_part(data: bytes | None, identity: str) -> PartRecord:
+    """Return what a part of the merge `identity` has noted; nothing if `data` is of another merge or damaged."""
+    try:
+        found = json.loads(data or b"{}")
+        if found["merge"] == identity:
+            done = {str(key): [float(value) for value in values] for key, values in found["done"].items()}
+            return PartRecord(done, found["outcome"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return PartRecord()
 
 
 class NoJournal:

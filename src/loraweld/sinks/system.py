@@ -153,15 +153,18 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def exclusive_lock(path: Path) -> Iterator[bool]:
-    """Hold an advisory lock on `path`; yields False if another process has it. It dies with the process."""
+def file_lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Hold an advisory lock on `path`; yields False if another process has it. It dies with the process.
+
+    `shared`: others may hold it too that ask for it so.
+    """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
             continue  # the holder before us removed the folder in this moment
-        locked = _lock(descriptor)
+        locked = _lock(descriptor, shared=shared)
         if not locked or _is_still(path, descriptor):
             break
         os.close(descriptor)  # the holder before us removed the file: what we locked has no name any more
@@ -234,7 +237,7 @@ def _copy_range(source: int, target: int, size: int) -> None:
         shutil.copyfileobj(reading, writing, 1 << 20)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, *, shared: bool) -> bool:
     try:
         if os.name == "nt":
             import msvcrt
@@ -243,7 +246,7 @@ def _lock(descriptor: int) -> bool:
         else:
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
