@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import scenes
 from gguf_models import FAKE_CONVERTER
 from loraweld.execute import run
 from loraweld.planning import memory
+from s3_server import Store, s3_store
 from scenes import Scene, undisturbed_merge
 
 
@@ -48,6 +50,19 @@ def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "CHECKPOINT_BYTES", scenes.CHECKPOINT_BYTES)
     monkeypatch.setattr(memory, "ITEM_BYTES", scenes.ITEM_BYTES)
     monkeypatch.setattr(memory, "MIN_ITEM_BYTES", scenes.ITEM_BYTES)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Store]:
+    with s3_store() as store:
+        yield store
+
+
+@pytest.fixture
+def s3(s3_server: Store) -> Store:
+    """An empty bucket."""
+    s3_server.reset()
+    return s3_server
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ class ForkServer:
 def serve() -> None:
     """Answer requests until stdin ends."""
     import loraweld.api
-    import loraweld.execute.run  # noqa: F401  (imported by a merge on its way)
+    import loraweld.execute.fill  # noqa: F401  (imported by a merge on its way)
 
     tasks = Path("/proc/self/task")
     assert not tasks.exists() or len(list(tasks.iterdir())) == 1, "a process of several threads must not fork"

@@ -862,7 +862,7 @@ def test_a_value_that_the_decoded_dtype_cannot_hold_is_refused(tmp_path: Path) -
 
 PEAK = """
 import resource, sys
-import loraweld, loraweld.execute.run
+import loraweld, loraweld.execute.fill
 from loraweld.planning.memory import LIBRARY_BYTES
 options = {"base": sys.argv[2], "output": sys.argv[3], "save_method": "preserve", "workers": 1}
 planned = loraweld.plan(sys.argv[1], **options).peak_memory_bytes - LIBRARY_BYTES

@@ -141,7 +141,7 @@ def test_a_signal_stops_cleanly(number: int, scene: Scene) -> None:
 
 LIMITED = """
 import resource, sys
-import loraweld, loraweld.execute.run
+import loraweld, loraweld.execute.fill
 resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
 loraweld.merge(sys.argv[1], base=sys.argv[2], output=sys.argv[3])
 """

@@ -106,7 +106,7 @@ def another_killed_merge(scene: Scene, server: ForkServer) -> None:
 
 def same_killed_merge(scene: Scene, server: ForkServer) -> None:
     """The same merge was killed when most of it was written."""
-    assert run_in(server, scene, workers=1, kill_at_step=12).killed
+    assert run_in(server, scene, workers=1, kill_at_step=15).killed
     assert len((scene.staging / "journal").read_bytes().splitlines()) > 1
 
 

@@ -30,16 +30,10 @@ from loraweld.sinks import store as store_module
 from loraweld.sinks import uploads
 from loraweld.sinks.uploads import MIN_PART_BYTES, part_number, part_unit
 from processes import run_command
-from s3_server import BUCKET, Store, s3_store
+from s3_server import BUCKET, Store
 from scenes import Files, Scene, undisturbed_merge
 
 COUNTS = (1, 3, 7)
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    with s3_store(monkeypatch) as store:
-        yield store
 
 
 @pytest.fixture(params=["folder", "s3", "memory"])
@@ -49,7 +43,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, small_parts: None) -> 
         (tmp_path / "place").mkdir(exist_ok=True)
         yield FolderPlace(tmp_path / "place" / "model")
     elif request.param == "s3":
-        yield StorePlace(f"s3://{BUCKET}/models/model", request.getfixturevalue("s3").client())
+        yield StorePlace(f"s3://{BUCKET}/models/model", request.getfixturevalue("s3").client)
     else:
         files = fsspec.filesystem("memory")
         yield StorePlace("memory://models/model", files)
@@ -181,7 +175,7 @@ def test_discard_leaves_nothing(scene: Scene, place: Place, tmp_path: Path) -> N
 
 
 def test_merge_into_a_store_is_the_local_merge(scene: Scene, s3: Store, small_parts: None) -> None:
-    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client())
+    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client)
     loraweld.merge(scene.adapter, base=scene.base, output=place.output)
     assert place.files() == scene.files and place.left() == []
     with pytest.raises(OutputError, match="--overwrite"):
@@ -194,7 +188,7 @@ def test_merge_into_a_store_is_the_local_merge(scene: Scene, s3: Store, small_pa
 def test_a_merge_that_is_refused_halfway_leaves_no_object(
     scene: Scene, s3: Store, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client())
+    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client)
     made = itertools.count()
 
     def failing(*arguments: object) -> Iterator[object]:
@@ -234,7 +228,7 @@ def test_a_killed_part_is_continued(
 def test_publish_continues_where_it_was_killed(
     scene: Scene, s3: Store, small_parts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client())
+    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client)
     plan = saved(scene, place, tmp_path / "plan.json")
     api.run_part(plan, "1/1")
     original = uploads.MultipartUploads.complete
@@ -256,10 +250,10 @@ def test_publish_continues_where_it_was_killed(
 
 
 def test_bytes_lost_in_the_store_are_noticed(scene: Scene, s3: Store, small_parts: None, tmp_path: Path) -> None:
-    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client())
+    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client)
     plan = saved(scene, place, tmp_path / "plan.json")
     api.run_part(plan, "1/1")
-    client = s3.client()
+    client = s3.client
     upload = client.list_multipart_uploads(BUCKET)[0]
     known = {"Bucket": BUCKET, "Key": upload["Key"], "UploadId": upload["UploadId"]}
     number = client.call_s3("list_parts", **known)["Parts"][0]["PartNumber"]

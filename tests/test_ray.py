@@ -20,16 +20,10 @@ import loraweld
 from fakes import llama_shapes, random_factors, random_tensors, write_adapter, write_base
 from loraweld.distributed import on_ray
 from loraweld.errors import OutputError, RequestError
-from s3_server import BUCKET, Store, s3_store
+from s3_server import BUCKET, Store
 from scenes import Scene
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install -e '.[test]'")
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    with s3_store(monkeypatch) as store:
-        yield store
 
 
 @pytest.fixture
@@ -136,7 +130,7 @@ def merged_by_a_driver(folder: Path, s3: Store, *, layers: int, kill: bool) -> t
             time.sleep(0.1)
         assert driver.stderr is not None
         assert driver.returncode == 0, driver.stderr.read()
-    client = s3.client()
+    client = s3.client
     names = {path.relative_to(folder / "local").as_posix() for path in (folder / "local").iterdir()}
     assert {path.removeprefix(f"{BUCKET}/{folder.name}/") for path in client.find(f"{BUCKET}/{folder.name}")} == names
     for name in names:

@@ -26,27 +26,20 @@ from hub_server import Hub, Repository, hub_server
 from loraweld.checkpoint import remote, url
 from loraweld.errors import CheckpointError, LoraweldError
 from processes import run_command, run_python
-from s3_server import SECRET, Store, s3_store
+from s3_server import SECRET, Store
 from scenes import CHECKPOINT_BYTES, ITEM_BYTES, Scene
 
 TENSORS = {"model.layers.0.mlp.up_proj.weight": (64, 32), "lm_head.weight": (40, 32)}
 LAYER = {"model.layers.0.mlp.up_proj.weight": (64, 32)}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    with s3_store() as store:
-        yield store
-
-
 @pytest.fixture
-def store(server: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
+def store(s3: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
     """An empty bucket; temporary folders are in a place of their own, and nothing waits before it asks again."""
-    server.reset()
     monkeypatch.setattr(remote, "_FIRST_WAIT_SECONDS", 0.0)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    return server
+    return s3
 
 
 @pytest.fixture

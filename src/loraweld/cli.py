@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from loraweld._version import __version__
-from loraweld.combine.methods import COMBINE_METHODS, MAJORITY_SIGN_METHODS
+from loraweld.arguments import (
+    add_extract_arguments,
+    add_merge_arguments,
+    add_report_arguments,
+    add_sides,
+    add_sizing_arguments,
+)
 from loraweld.errors import LoraweldError, RequestError, printable
-from loraweld.request import AS_GIVEN, DTYPES, NEAREST, QUANT_TYPES, ROUNDINGS, MergeRequest, make_request
-from loraweld.save_methods import SAVE_METHODS
+from loraweld.request import MergeRequest, make_request
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -279,7 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Merge one or more PEFT adapters into their base model.",
         epilog="example: loraweld merge my-adapter -o my-model",
     )
-    _add_merge_arguments(merge)
+    add_merge_arguments(merge)
     merge.set_defaults(run=_merge)
     plan = commands.add_parser(
         "plan",
@@ -287,8 +292,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Print what merge with the same arguments would do; reads headers only, writes nothing.",
         epilog="example: loraweld plan my-adapter -o my-model --json",
     )
-    _add_merge_arguments(plan)
-    _add_sizing_arguments(plan.add_argument_group("how long it would take on many machines"))
+    add_merge_arguments(plan)
+    add_sizing_arguments(plan.add_argument_group("how long it would take on many machines"))
     plan.add_argument("--save", metavar="FILE", help="prepare the output, and save what run and publish need")
     plan.set_defaults(run=_plan)
     _add_parts(commands)
@@ -298,7 +303,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Write the LoRA adapter of low rank that leads from a base to a model that was tuned from it.",
         epilog="example: loraweld extract --base my-base --tuned my-model --rank 16 -o my-adapter",
     )
-    _add_extract_arguments(extract)
+    add_extract_arguments(extract)
     extract.set_defaults(run=_extract)
     report = commands.add_parser(
         "report",
@@ -307,7 +312,7 @@ def make_parser() -> argparse.ArgumentParser:
         "what is left of the adapter's change.",
         epilog="example: loraweld report my-model -o report.html",
     )
-    _add_report_arguments(report)
+    add_report_arguments(report)
     report.set_defaults(run=_report)
     _add_checks(commands)
     inspect = commands.add_parser(
@@ -368,7 +373,7 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="PROMPTS",
         help="text file, one prompt a line: run base + adapter and the model on them too, and compare their logits",
     )
-    _add_sides(verify, base="that of loraweld.json, or the one the adapter names")
+    add_sides(verify, base="that of loraweld.json, or the one the adapter names")
     add("--json", action="store_true", help="print the report as JSON on stdout")
     verify.set_defaults(run=_verify)
     compare = commands.add_parser(
@@ -383,249 +388,6 @@ def _add_checks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("second", nargs="?", metavar="B", help="a folder, Hub id or URL (default: base + adapter)")
     add("-o", "--output", metavar="PAGE", help="an HTML page too, as report writes it")
     add("--overwrite", action="store_true", help="replace a page that exists")
-    _add_sides(compare, base="that of loraweld.json, or the one the adapter names")
+    add_sides(compare, base="that of loraweld.json, or the one the adapter names")
     add("--json", action="store_true", help="print the report as JSON on stdout")
     compare.set_defaults(run=_compare)
-
-
-def _add_sides(parser: argparse.ArgumentParser, *, base: str, adapter: str = "none") -> None:
-    """What a model was merged from, and how."""
-    add = parser.add_argument
-    add("--base", metavar="BASE", help=f"folder, Hub id or URL (default: {base})")
-    add(
-        "--adapter",
-        nargs="+",
-        default=[],
-        metavar="ADAPTER",
-        help=f"what was merged, in order: folders, Hub ids or URLs (default: {adapter})",
-    )
-    add("--merge-base", metavar="WHICH", help="as given to merge (default: as-given)")
-    add("--expert-layout", metavar="NAME", help="as given to merge (default: auto)")
-    add("--tokenizer", metavar="PATH", help="as given to merge (default: the adapter's, else the base's)")
-    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
-    how = parser.add_argument_group("how they were merged, where loraweld.json does not say")
-    _add_combining_arguments(how)
-    how.add_argument("--rounding", metavar="NAME", help=f"as given to merge (default: {NEAREST})")
-
-
-def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("adapter", nargs="+", metavar="ADAPTER", help="PEFT adapter, a folder, Hub id or URL; several are combined")
-    add("-o", "--output", metavar="OUT", help="folder for the model, or URL of one (s3://…); it appears when complete")
-    add("--base", metavar="BASE", help="base model, a folder, Hub id or URL (default: the one the adapter names)")
-    add(
-        "--save-method",
-        default="merged_16bit",
-        metavar="METHOD",
-        help=f"{', '.join(SAVE_METHODS)}; preserve goes back to the base's own encoding, gguf is for llama.cpp, "
-        "lora is the adapter alone (default: %(default)s)",
-    )
-    add("--gguf-type", metavar="TYPE", help="with gguf: one or more of its types, e.g. q8_0,f16 (default: q8_0)")
-    add("--keep-merged", action="store_true", help="with gguf: keep the merged model too, in OUT/merged")
-    add(
-        "--dtype",
-        default="auto",
-        metavar="DTYPE",
-        help=f"dtype of the main weights: {', '.join(DTYPES)}; auto keeps 16 bit, else bfloat16 (default: %(default)s)",
-    )
-    add(
-        "--rounding",
-        default=NEAREST,
-        metavar="NAME",
-        help=f"{' or '.join(ROUNDINGS)}: up or down by chance, by --seed, so that changes below a step of 16 bit are "
-        "kept in the mean (default: %(default)s)",
-    )
-    add(
-        "--expert-layout",
-        default="auto",
-        metavar="NAME",
-        help="how factors of square experts lie, where peft_version is not in the config: standard (A reads the last "
-        "size) or swapped (default: %(default)s)",
-    )
-    add(
-        "--allow-nonfinite",
-        action="store_true",
-        help="write weights that are infinite or not a number as they are, and say which (default: refuse them)",
-    )
-    _add_running_arguments(parser)
-    _add_combining_arguments(parser.add_argument_group("strength, and several adapters"))
-    _add_encoding_arguments(parser.add_argument_group("quantised bases and outputs"))
-    _add_hub_arguments(parser.add_argument_group("the Hub"))
-    _add_machine_arguments(parser.add_argument_group("more than one machine"))
-    add("--json", action="store_true", help="print the report as JSON on stdout")
-    add("--quiet", action="store_true", help="print nothing but errors")
-
-
-def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--max-shard-size",
-        metavar="SIZE",
-        help="repack into files of at most this size, e.g. 5GB (default: as the base)",
-    )
-    add(
-        "--max-memory",
-        default="512MB",
-        metavar="SIZE",
-        help="what the merge may allocate, besides about 250 MB for Python and torch (default: %(default)s)",
-    )
-    add("--workers", type=int, metavar="N", help="threads (default: 4)")
-    add("--overwrite", action="store_true", help="replace an output that exists")
-    add(
-        "--no-resume",
-        dest="resume",
-        action="store_false",
-        help="start afresh instead of continuing a killed run",
-    )
-    add(
-        "--tokenizer",
-        metavar="PATH",
-        help="folder or URL of the tokenizer to ship (default: the adapter's, else the base's)",
-    )
-    add(
-        "--verify",
-        action="store_true",
-        help="check the output against float64 before it appears; refuse it if it fails",
-    )
-
-
-def _add_machine_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--executor",
-        default="local",
-        metavar="NAME",
-        help="local, or ray: parts of the merge become tasks of a Ray cluster (default: %(default)s)",
-    )
-    add("--ray-address", metavar="ADDR", help="of the cluster (default: RAY_ADDRESS, or one on this machine)")
-
-
-def _add_combining_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--scale", type=float, metavar="S", help="factor of what is merged, negative subtracts (default: 1)")
-    add(
-        "--weights",
-        type=float,
-        nargs="+",
-        metavar="W",
-        help="a factor for each adapter, in order (default: 1)",
-    )
-    add(
-        "--combine",
-        metavar="METHOD",
-        help=f"{', '.join(COMBINE_METHODS)}; sum adds what the adapters change, the others are those of PEFT, for LoRA "
-        "only (default: sum)",
-    )
-    add("--density", type=float, metavar="D", help="share of values that ties, dare and magnitude_prune keep, e.g. 0.5")
-    add("--seed", type=int, metavar="N", help="of stochastic rounding, and of the random choice of dare (default: 0)")
-    add("--svd-rank", type=int, metavar="R", help="rank that svd methods keep (default: the largest of the adapters)")
-    add(
-        "--majority-sign-method",
-        metavar="NAME",
-        help=f"how ties elects signs: {' or '.join(MAJORITY_SIGN_METHODS)} (default: total)",
-    )
-
-
-def _add_sizing_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--machines",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="print the time on so many machines, each with --workers threads, and what is slowest; several numbers",
-    )
-    add("--network-bandwidth", metavar="RATE", help="of a machine, each way, e.g. 2GB or 10Gbit (default: 10Gbit)")
-    add("--disk-bandwidth", metavar="RATE", help="if each writes to a disk of its own (default: over the network)")
-    add("--store-bandwidth", metavar="RATE", help="what all together read and write at most (default: no limit)")
-
-
-def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--base", required=True, metavar="BASE", help="the model to start from, a folder, Hub id or URL")
-    add("--tuned", required=True, metavar="MODEL", help="the model to come to, a folder, Hub id or URL")
-    add("-o", "--output", required=True, metavar="ADAPTER", help="folder for the adapter; it appears when complete")
-    add("--rank", type=int, default=16, metavar="R", help="largest rank of a module (default: %(default)s)")
-    add(
-        "--energy",
-        type=float,
-        metavar="SHARE",
-        help="of each module's change, e.g. 0.99: the smallest rank that keeps it, up to --rank (default: --rank)",
-    )
-    add(
-        "--no-modules-to-save",
-        dest="modules_to_save",
-        action="store_false",
-        help="refuse changed norms, biases and other tensors of no low rank instead of keeping them whole",
-    )
-    add("--overwrite", action="store_true", help="replace an output that exists")
-    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
-    add("--json", action="store_true", help="print the report as JSON on stdout")
-    add("--quiet", action="store_true", help="print nothing but errors")
-
-
-def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="the output of a merge, a folder, Hub id or URL")
-    add("-o", "--output", default="report.html", metavar="PAGE", help="file for the page (default: %(default)s)")
-    add("--run", dest="run_file", metavar="FILE", help="what merge --json printed, for the time it took")
-    add("--overwrite", action="store_true", help="replace a page that exists")
-    _add_sides(parser, base="the one merged, where it is found", adapter="those merged, where they are found")
-    add("--json", action="store_true", help="print the numbers as JSON on stdout")
-    add("--quiet", action="store_true", help="print nothing but errors")
-
-
-def _add_hub_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--push-to-hub",
-        metavar="REPO_ID",
-        help="upload to this repository, in one commit; without -o each file is sent as soon as it is complete, and "
-        "nothing stays on this disk",
-    )
-    add(
-        "--private",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="visibility of a new repository (default: the account's)",
-    )
-    add("--revision", metavar="BRANCH", help="branch to commit to, made if it is missing (default: main)")
-    add("--create-pr", action="store_true", help="upload as a pull request")
-    add("--commit-message", metavar="TEXT", help="first line of the commit")
-    add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
-    add(
-        "--stream-base",
-        action="store_true",
-        help="read the base from the Hub by ranges, as it is needed; nothing of it is stored",
-    )
-
-
-def _add_encoding_arguments(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--merge-base",
-        default=AS_GIVEN,
-        metavar="WHICH",
-        help="as-given, or quantized-from[:BASE]: fold onto what a 4-bit model computes with, as in QLoRA training, in "
-        "the modules that BASE (default: the base the adapter names) has in 4 bit (default: %(default)s)",
-    )
-    add("--quant-type", metavar="TYPE", help=f"codes of merged_4bit: {' or '.join(QUANT_TYPES)} (default: nf4)")
-    add(
-        "--no-double-quant",
-        dest="double_quant",
-        action="store_const",
-        const=False,
-        help="keep the block scales of merged_4bit in float32",
-    )
-    add("--blocksize", type=int, metavar="N", help="weights that share a scale in merged_4bit (default: 64)")
-    add(
-        "--quantizer",
-        metavar="NAME",
-        help="block scales of 4 bit: mse, of least squared error, or absmax, as bitsandbytes (default: mse)",
-    )
-    add(
-        "--skip-modules",
-        nargs="+",
-        metavar="NAME",
-        help="modules that stay in 16 bit besides embeddings and head: the end of their path, or its beginning",
-    )

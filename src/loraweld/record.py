@@ -14,6 +14,7 @@ from loraweld._version import __version__
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.jsonfile import dump_json
 from loraweld.checkpoint.mounted import open_stored
+from loraweld.errors import CheckpointError
 from loraweld.planning.facts import Facts
 from loraweld.planning.merge_plan import MergePlan, rounding_json
 
@@ -50,11 +51,18 @@ def record_text(plan: MergePlan, facts: Facts) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's contents."""
+    """Return the sha256 of a file's contents.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     digest = hashlib.sha256()
-    with open_stored(path) as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
+    try:
+        with open_stored(path) as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
     return digest.hexdigest()
 
 

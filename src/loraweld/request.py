@@ -153,8 +153,6 @@ def make_request(
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     if not adapters:
         raise RequestError("no adapter was given; expected one or more PEFT folders")
-    if workers is not None and not 1 <= workers <= MAX_WORKERS:
-        raise RequestError(f"workers is {workers}, expected 1 to {MAX_WORKERS}")
     method, implied = parse_save_method(save_method)
     given: dict[str, Any] = {
         "dtype": dtype if dtype != "auto" else None,
@@ -194,7 +192,7 @@ def make_request(
         save_method=method,
         max_shard_bytes=None if max_shard_size is None else parse_size("max_shard_size", max_shard_size),
         max_memory_bytes=_memory(max_memory),
-        workers=workers or DEFAULT_WORKERS,
+        workers=_workers(workers),
         overwrite=overwrite,
         resume=resume,
         tokenizer=None if tokenizer is None else os.fspath(tokenizer),
@@ -212,6 +210,12 @@ def make_request(
         **_executor(executor, ray_address),
         **options,
     )
+
+
+def _workers(workers: int | None) -> int:
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise RequestError(f"workers is {workers}, expected 1 to {MAX_WORKERS}")
+    return workers or DEFAULT_WORKERS
 
 
 def _rounding_seed(rounding: str, seed: int | None, method: str, dtype: str) -> int | None:

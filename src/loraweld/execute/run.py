@@ -216,13 +216,15 @@ class _Run:
             self._filler = pool.submit(self._ready_filler)
             futures: list[Future[Any]] = [self._filler, *(pool.submit(self._one, stretch) for stretch in work)]
             try:
-                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                _raise_first(finished)
+                wait(futures, return_when=FIRST_EXCEPTION)
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
                 self._restore_threads()
-                self._checkpoint.note_all()
+                try:
+                    self._checkpoint.note_all()
+                finally:
+                    _raise_first(futures)
 
     def _ready_filler(self) -> Filler:
         """Import what computes: a second or two, in which the other threads copy."""
@@ -364,7 +366,9 @@ class _Checkpoint:
                 self._sink.journal.append({item.key: measured for item, measured in items})
 
 
-def _raise_first(finished: Iterable[Future[Any]]) -> None:
-    errors = [error for error in (future.exception() for future in finished) if error is not None]
-    if errors:
-        raise errors[0]
+def _raise_first(futures: Iterable[Future[Any]]) -> None:
+    """Raise what went wrong first, not that others were stopped by it."""
+    errors = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, _Stopped):
+            raise error
