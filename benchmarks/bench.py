@@ -17,6 +17,7 @@ The parts:
     quantise  the NF4 encoder, against bitsandbytes                   4 GB of memory
     hub       a base of 10 GB streamed in and pushed out, disk and memory looked at
     items     what work costs by its kind, of which sizings are made   4 GB
+    scale     peak memory from 1B to 30B with an output that is thrown away, and what hashes cost
     codecs    decoding and encoding of every encoding, against the library that has it
 """
 
@@ -34,6 +35,7 @@ import from_nf4
 import hub
 import item_costs
 import plain
+import scale
 import startup
 import to_nf4
 from cases import work_folder
@@ -48,6 +50,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
     "codecs": codec_parts.codecs,
     "startup": startup.measured,
     "hub": hub.measured,
+    "scale": scale.measured,
     "items": item_costs.measured,
 }
 

@@ -87,6 +87,26 @@ def measure(command: list[str], log: Path) -> Sample:
     )
 
 
+def seconds_to_first_byte(command: list[str], log: Path, least: int = 1 << 20) -> float:
+    """Start a command, and return the seconds until it has written `least` bytes; then it is killed.
+
+    Raises:
+        BenchError: it ended before.
+    """
+    actions = [(os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)]
+    start = time.perf_counter()
+    pid = os.posix_spawnp(command[0], command, ENVIRONMENT, file_actions=actions)
+    try:
+        while io_counters(pid).get("wchar", 0) < least:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
+                raise BenchError(f"{shlex.join(command)} ended before it wrote {least} bytes")
+            time.sleep(0.002)
+        return time.perf_counter() - start
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def await_exit(pid: int) -> None:
     """Wait until a child has ended, without reaping it; kill it if we are to end ourselves."""
     try:

@@ -40,7 +40,7 @@ NOT_OURS = {
 NOT_HERE = {
     "--push-to-hub": "needs the Hub; tests/test_push.py",
     "--stream-base": "needs the Hub; tests/test_stream.py",
-    "s3://": "needs a store; tests/test_urls.py",
+    "s3://": "needs a store; tests/test_urls.py, tests/test_parts.py",
     "unsloth/": "a base of the Hub",
     "published/": "headers that benchmarks/synthetic_published.py writes; tests/test_sizing.py",
     "HuggingFaceTB/": "a base of the Hub; tests/test_live_notebook.py",
@@ -48,7 +48,7 @@ NOT_HERE = {
     "save_pretrained_merged(model": "needs a trained model in memory; tests/test_live.py",
 }
 # Options in the text that are those of other programs.
-FOREIGN_OPTIONS = {"--part", "--shape", "--help"}
+FOREIGN_OPTIONS = {"--shape", "--help"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,15 @@ from typing import Any
 
 from loraweld.delivery import Progress, deliver
 from loraweld.distributed.batch import Batch, merge_in_parts, run_here
-from loraweld.distributed.plan_file import everywhere, load_document, open_batch, plan_document, save_document
+from loraweld.distributed.plan_file import (
+    everywhere,
+    load_document,
+    open_batch,
+    plan_document,
+    save_document,
+    saved_place,
+)
+from loraweld.errors import OutputError
 from loraweld.execute.parts import parse_part
 from loraweld.export.pipeline import completion
 from loraweld.hub.card import CardFacts
@@ -249,9 +257,11 @@ def discard(path: PathLike) -> str:
     Raises:
         LoraweldError: the place cannot be reached, or somebody writes to it.
     """
-    batch = open_batch(load_document(Path(path)))
-    batch.place.discard()
-    return batch.delivery.made.place
+    place, name = saved_place(load_document(Path(path)))
+    if not place.is_prepared():
+        raise OutputError(f"{name}: nothing of this plan is there to be removed")
+    place.discard()
+    return name
 
 
 def _batch(

@@ -42,6 +42,8 @@ class Place(Copies, Protocol):
 
     def publisher(self, complete: Complete | None) -> AbstractContextManager[Any]: ...
 
+    def is_prepared(self) -> bool: ...
+
     def discard(self) -> None: ...
 
 
@@ -74,9 +76,9 @@ class Batch:
             raise RequestError(f"a merge in parts fills a folder, here or in an object store, not {what}")
         delivery = Delivery.of(request, made, facts, progress=progress, check=check)
         name = delivery.identity()
-        work = stretches(made, _place(request, name))
+        work = stretches(made, place_of(request, name))
         identity = _identity(name, work)
-        return cls(delivery=delivery, place=_place(request, identity), work=work, identity=identity)
+        return cls(delivery=delivery, place=place_of(request, identity), work=work, identity=identity)
 
     def prepare(self) -> None:
         """Make the place ready for parts.
@@ -175,7 +177,8 @@ def _identity(merge: str, work: list[Stretch]) -> str:
     return digest.hexdigest()
 
 
-def _place(request: MergeRequest, identity: str) -> Place:
+def place_of(request: MergeRequest, identity: str) -> Place:
+    """Return the place that a request names, for the merge `identity`."""
     if request.store is not None:
         return Store(request.store, identity=identity, overwrite=request.overwrite)
     return SharedFolder(request.output, identity=identity, overwrite=request.overwrite)

@@ -16,7 +16,7 @@ from loraweld.checkpoint.jsonfile import dump_json, read_json_object
 from loraweld.checkpoint.url import shown
 from loraweld.combine.methods import Combination
 from loraweld.delivery import Progress
-from loraweld.distributed.batch import Batch
+from loraweld.distributed.batch import Batch, Place, place_of
 from loraweld.errors import OutputError, RequestError
 from loraweld.preparation import plan_request
 from loraweld.request import MergeRequest
@@ -96,10 +96,7 @@ def open_batch(document: Mapping[str, Any], *, progress: Progress = lambda count
         RequestError: the saved options are damaged, or of another version.
         OutputError: another plan comes out now: an input has changed.
     """
-    try:
-        request = replace(_request(document["request"]), **changed)
-    except (TypeError, KeyError) as error:
-        raise RequestError(f"the saved plan has options that this version does not know: {error}") from None
+    request = replace(_request(document["request"]), **changed)
     made, facts = plan_request(request)
     batch = Batch.of(request, made, facts, progress=progress)
     if batch.identity != document["identity"]:
@@ -111,24 +108,31 @@ def open_batch(document: Mapping[str, Any], *, progress: Progress = lambda count
     return batch
 
 
+def saved_place(document: Mapping[str, Any]) -> tuple[Place, str]:
+    """Return the place of a saved plan and its name, whether or not its inputs are still there."""
+    request = _request(document["request"])
+    return place_of(request, document["identity"]), request.store or str(request.output)
+
+
 def document_text(document: Mapping[str, Any]) -> str:
     """Return a document as one line, to be sent to another process."""
     return json.dumps(document)
 
 
 def _request(values: Mapping[str, Any]) -> MergeRequest:
-    combination: dict[str, Any] = {
-        key: tuple(one) if isinstance(one, list) else one for key, one in values["combination"].items()
-    }
+    """Return the request that was saved.
+
+    Raises:
+        RequestError: its options are damaged, or of another version.
+    """
     lists = {key: tuple(one) for key, one in values.items() if isinstance(one, list)}
-    return MergeRequest(
-        **{
-            **values,
-            **lists,
-            "combination": Combination(**combination),
-            "output": Path(values["output"]),
-        }
-    )
+    try:
+        combination: dict[str, Any] = {**values["combination"], "weights": tuple(values["combination"]["weights"])}
+        return MergeRequest(
+            **{**values, **lists, "combination": Combination(**combination), "output": Path(values["output"])}
+        )
+    except (TypeError, KeyError) as error:
+        raise RequestError(f"the saved plan has options that this version does not know: {error}") from None
 
 
 def _absolute(name: str) -> str:

@@ -63,7 +63,7 @@ class SharedFolder:
             raise OutputError(TAKEN, path=self._target)
         with locked_place(self._target, self._staging):
             restore_interrupted_replace(self._target, self._staging)
-            if self._is_prepared():
+            if self.is_prepared():
                 return
             for path in self._staging.iterdir():
                 if path.name != "lock":
@@ -97,7 +97,7 @@ class SharedFolder:
 
     def was_published(self) -> bool:
         """Whether the output is there, and a killed run has left what lies beside it; that is removed."""
-        if self._is_prepared(self._target) and not (self._staging / "model").exists():
+        if self._is_of(self._target) and not (self._staging / "model").exists():
             with locked_place(self._target, self._staging):
                 remove_staging(self._staging)
             return True
@@ -128,15 +128,20 @@ class SharedFolder:
     def _head(self) -> Mapping[str, object]:
         return {"merge": self._identity, "folder": folder_number(self._staging / "model")}
 
-    def _is_prepared(self, folder: Path | None = None) -> bool:
-        wanted = {"merge": self._identity, "folder": folder_number(folder or self._staging / "model")}
+    def is_prepared(self) -> bool:
+        """Whether the place is ready for parts of this very merge."""
+        return self._is_of(self._staging / "model")
+
+    def _is_of(self, folder: Path) -> bool:
+        """Whether `folder` is the one that was prepared for this merge, whatever its name is by now."""
+        wanted = {"merge": self._identity, "folder": folder_number(folder)}
         try:
             return bool(json.loads((self._staging / _HEAD_NAME).read_bytes()) == wanted)
         except (OSError, ValueError):
             return False
 
     def _check_prepared(self) -> None:
-        if not self._is_prepared():
+        if not self.is_prepared():
             raise OutputError("is not prepared for this plan; make the plan again with --save", path=self._target)
 
     def _record(self, path: Path) -> PartRecord:

@@ -66,8 +66,7 @@ class Store:
         """
         if not self._overwrite and self._exists():
             raise OutputError(f"{self._url}: {TAKEN}")
-        head = self._head()
-        if head is not None and head["merge"] == self._identity:
+        if self.is_prepared():
             return
         self.discard()
         uploads = {name: [self._uploads.begin(f"{self.root}/{name}"), size] for name, size in sizes.items()}
@@ -137,6 +136,11 @@ class Store:
         with suppress(FileNotFoundError):
             return int(self.filesystem.info(path)["size"])
         return None
+
+    def is_prepared(self) -> bool:
+        """Whether the place is ready for parts of this very merge."""
+        head = self._head()
+        return head is not None and head["merge"] == self._identity
 
     def _exists(self) -> bool:
         self.filesystem.invalidate_cache(self.root)
