@@ -17,6 +17,7 @@ The parts:
     quantise  the NF4 encoder, against bitsandbytes                   4 GB of memory
     hub       a base of 10 GB streamed in and pushed out, disk and memory looked at
     items     what work costs by its kind, of which sizings are made   4 GB
+    profile   where the time of a merge goes                          8B: 35 GB
     scale     peak memory from 1B to 30B with an output that is thrown away, and what hashes cost
     codecs    decoding and encoding of every encoding, against the library that has it
 """
@@ -35,6 +36,7 @@ import from_nf4
 import hub
 import item_costs
 import plain
+import profile_part
 import scale
 import startup
 import to_nf4
@@ -51,6 +53,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
     "startup": startup.measured,
     "hub": hub.measured,
     "scale": scale.measured,
+    "profile": profile_part.measured,
     "items": item_costs.measured,
 }
 

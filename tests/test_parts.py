@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import random
@@ -306,6 +307,68 @@ def test_a_change_that_is_lost_in_all_parts_is_refused(place: Place, tmp_path: P
     with pytest.raises(loraweld.errors.NumericsError, match="smaller than the output can hold"):
         api.publish(plan)
     assert place.files() == {}
+
+
+def test_the_same_merge_ends_a_publication_that_was_killed(
+    scene: Scene, s3: Store, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client)
+    original = uploads.MultipartUploads.complete
+    completed: list[str] = []
+
+    def dying(self: uploads.MultipartUploads, path: str, upload: str) -> None:
+        if completed:
+            raise KeyboardInterrupt
+        completed.append(path)
+        original(self, path, upload)
+
+    monkeypatch.setattr(uploads.MultipartUploads, "complete", dying)
+    with pytest.raises(KeyboardInterrupt):
+        loraweld.merge(scene.adapter, base=scene.base, output=place.output)
+    monkeypatch.setattr(uploads.MultipartUploads, "complete", original)
+    loraweld.merge(scene.adapter, base=scene.base, output=place.output)
+    assert place.files() == scene.files and place.left() == []
+
+
+def test_what_begins_badly_leaves_no_upload(scene: Scene, s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client)
+    original = uploads.MultipartUploads.begin
+    begun: list[str] = []
+
+    def failing(self: uploads.MultipartUploads, path: str) -> str:
+        if len(begun) == 2:
+            raise OSError(errno.EIO, "no third one")
+        begun.append(path)
+        return original(self, path)
+
+    monkeypatch.setattr(uploads.MultipartUploads, "begin", failing)
+    with pytest.raises(OutputError, match="no third one"):
+        loraweld.merge(scene.adapter, base=scene.base, output=place.output)
+    assert place.left() == []
+
+
+@pytest.mark.parametrize("url", ["s3://there-is-no-such-bucket/model", "nothing://bucket/model"])
+def test_a_store_that_is_not_there(scene: Scene, s3: Store, url: str) -> None:
+    shown = run_command("merge", scene.adapter, "--base", scene.base, "-o", url)
+    assert shown.returncode == 1
+    assert shown.stderr.startswith("loraweld: error: ") and url in shown.stderr and "Traceback" not in shown.stderr
+
+
+def test_a_full_disk_is_a_message_and_can_be_continued(
+    scene: Scene, tmp_path: Path, small_items: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = saved(scene, FolderPlace(scene.out), tmp_path / "plan.json")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loraweld.sinks.system.write_at", full)
+        with pytest.raises(OutputError, match="the disk is full"):
+            api.run_part(plan, "1/1")
+    api.run_part(plan, "1/1")
+    api.publish(plan)
+    scene.check_finished()
 
 
 def test_from_the_command_line(scene: Scene, tmp_path: Path) -> None:

@@ -88,9 +88,11 @@ def test_experts_take_no_more_memory_to_plan(tmp_path: Path) -> None:
     write_published_base(tmp_path / "base", MODELS["kimi-k2"])
     write_published_adapter(tmp_path / "adapter", MODELS["kimi-k2"], tmp_path / "base", 16, experts=True)
     script = (
-        "import loraweld, resource, sys\n"
+        "import loraweld, re\n"
         "plan = loraweld.plan('adapter', base='base', output='out', save_method='preserve')\n"
-        "print(plan.recipes_by_kind['edit'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        # not ru_maxrss: that of a new process begins with what the test has in memory
+        "peak = re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1]\n"
+        "print(plan.recipes_by_kind['edit'], peak)"
     )
     edited, kib = map(int, run_python("-c", script, cwd=tmp_path).stdout.split())
     assert edited == 61 * 5 + 60 * 384 * 3
@@ -135,7 +137,7 @@ def test_no_run_is_faster_than_on_paper(parts: list[list[Work]], machines: Machi
     longest = max((work.alone(machines) for work in everything), default=0.0)
     paper = sizing._estimate(plan, machines, total, [sizing._sum(part) for part in parts], longest)
     time = Simulation(machines, parts, threads, spread=0.0).seconds()
-    assert time >= (paper.total - paper.serial) * (1 - 1e-9)
+    assert time >= (paper.total - paper.serial) * (1 - 1e-9) - 1e-9
     store = (total.read + total.written) / machines.store if machines.store else 0.0
     assert time <= sum(work.alone(machines) for work in everything) + store + 1e-9
 

@@ -697,7 +697,7 @@ def test_merge_verify_publishes_nothing_that_does_not_hold(tmp_path: Path, monke
 
 def test_verify_needs_the_whole_output(tmp_path: Path) -> None:
     """Files that leave the disk one by one cannot be read again; a .gguf or an adapter is no merged model."""
-    with pytest.raises(RequestError, match="needs the whole output; give an output folder"):
+    with pytest.raises(RequestError, match="needs the whole output in a folder; give one"):
         loraweld.merge(tmp_path, push_to_hub="me/model", verify=True)
     for method in ("gguf", "lora"):
         with pytest.raises(RequestError, match="verify has no effect"):

@@ -13,6 +13,7 @@ from typing import Any
 
 from loraweld.checkpoint.origins import place_of
 from loraweld.checkpoint.stored import IdentitiesNow, file_identity
+from loraweld.checkpoint.url import shown
 from loraweld.errors import CheckpointError, LoraweldError, OutputError
 from loraweld.execute.run import RunResult, fidelity_of, run_plan
 from loraweld.export.pipeline import beside_export
@@ -83,7 +84,7 @@ def deliver(
         repository.make()
         return work.to_hub(repository, _hub_base(facts)) if work.streams else _send(work, repository)
     except OSError as error:
-        raise _output_error(error, request) from None
+        raise output_error(error, request) from None
 
 
 def _copied(made: MergePlan) -> tuple[Input, ...]:
@@ -342,7 +343,11 @@ def _weights(made: MergePlan, measured: Measured) -> tuple[WeightFidelity, ...]:
     )
 
 
-def _output_error(error: OSError, request: MergeRequest) -> OutputError:
+def output_error(error: OSError, request: MergeRequest) -> OutputError:
+    """Return what to tell of an error of the system while an output is made."""
+    if request.store is not None:
+        said = error.strerror or error
+        return OutputError(f"{shown(request.store)}: cannot be written: {said}; the same command continues")
     staging = staging_folder(request.output)
     kept = f"what is finished is kept in {staging}: the same command continues"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -6,12 +6,12 @@ prepare ─▶ run(part) … run(part) ─▶ publish
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from loraweld.delivery import Delivery, Progress
+from loraweld.delivery import Delivery, Progress, output_error
 from loraweld.errors import LoraweldError, OutputError, RequestError
 from loraweld.execute.items import Copies, Stretch, stretches
 from loraweld.execute.outcome import Outcome, together
@@ -87,11 +87,12 @@ class Batch:
             OutputError: the output exists, another merge is running there, or the disk cannot hold it.
         """
         made, request = self.delivery.made, self.delivery.request
-        if not request.resume:
-            self.place.discard()
-        if request.store is None:
-            self.delivery.check_disk(made.disk_bytes)
-        self.place.prepare({file.name: file.num_bytes for file in made.weights})
+        with _told(request):
+            if not request.resume:
+                self.place.discard()
+            if request.store is None:
+                self.delivery.check_disk(made.disk_bytes)
+            self.place.prepare({file.name: file.num_bytes for file in made.weights})
 
     def run(self, part: Part) -> RunResult:
         """Make one part; what it has made before is not made again.
@@ -99,7 +100,7 @@ class Batch:
         Raises:
             LoraweldError: as a merge does; what is finished stays noted.
         """
-        with self.place.part(part.name) as sink:
+        with _told(self.delivery.request), self.place.part(part.name) as sink:
             share = shares(self.work, part.count)[part.number - 1]
             result = make_weights(self.delivery.made, sink, share, self.delivery.progress)
             self.delivery.check_unchanged()
@@ -115,13 +116,14 @@ class Batch:
         Raises:
             OutputError: parts are missing; says which.
         """
-        if self.place.was_published():
-            return self.delivery.report_published({})
-        result = self._all_parts()
-        if result.is_whole:
-            result.outcome.check_any_change()
-        with self.place.publisher(self.delivery.completion()) as sink:
-            complete_output(self.delivery.made, sink, self.delivery.closing(result))
+        with _told(self.delivery.request):
+            if self.place.was_published():
+                return self.delivery.report_published({})
+            result = self._all_parts()
+            if result.is_whole:
+                result.outcome.check_any_change()
+            with self.place.publisher(self.delivery.completion()) as sink:
+                complete_output(self.delivery.made, sink, self.delivery.closing(result))
         return self.delivery.report(self.delivery.run_facts(result))
 
     def _all_parts(self) -> RunResult:
@@ -145,6 +147,15 @@ class Batch:
             measured=done,
             outcome=together(known),
         )
+
+
+@contextmanager
+def _told(request: MergeRequest) -> Iterator[None]:
+    """Turn an error of the system into a message; what is finished stays noted."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(error, request) from None
 
 
 def merge_in_parts(batch: Batch, run_parts: Callable[[Batch], None]) -> MergeReport:

@@ -64,13 +64,19 @@ class Store:
         Raises:
             OutputError: the output exists, or the store cannot be written.
         """
+        if self.is_prepared():
+            return  # even if there are objects: those that it has begun to publish
         if not self._overwrite and self._exists():
             raise OutputError(f"{self._url}: {TAKEN}")
-        if self.is_prepared():
-            return
         self.discard()
-        uploads = {name: [self._uploads.begin(f"{self.root}/{name}"), size] for name, size in sizes.items()}
-        self._write(_HEAD_NAME, json.dumps({"merge": self._identity, "uploads": uploads}).encode())
+        uploads: dict[str, tuple[str, int]] = {}
+        try:
+            for name, size in sizes.items():
+                uploads[name] = self._uploads.begin(f"{self.root}/{name}"), size
+            self._write(_HEAD_NAME, json.dumps({"merge": self._identity, "uploads": uploads}).encode())
+        except BaseException:  # nobody would know of them
+            self._abort(uploads)
+            raise
 
     @contextmanager
     def part(self, name: str) -> Iterator[StoreSink]:
@@ -107,8 +113,7 @@ class Store:
     def discard(self) -> None:
         """Remove what was sent and is not published."""
         head = self._head()
-        for name, (upload, _) in (head["uploads"] if head else {}).items():
-            self._uploads.abort(f"{self.root}/{name}", upload)
+        self._abort(head["uploads"] if head else {})
         self.clean_up()
 
     def clean_up(self) -> None:
@@ -141,6 +146,10 @@ class Store:
         """Whether the place is ready for parts of this very merge."""
         head = self._head()
         return head is not None and head["merge"] == self._identity
+
+    def _abort(self, uploads: Mapping[str, tuple[str, int]]) -> None:
+        for name, (upload, _) in uploads.items():
+            self._uploads.abort(f"{self.root}/{name}", upload)
 
     def _exists(self) -> bool:
         self.filesystem.invalidate_cache(self.root)
@@ -181,18 +190,6 @@ class StoreSink:
         self._uploads = uploads
         self._prepared = prepared
         self._local = threading.local()
-
-    def copies(self, source: Path) -> bool:
-        """See `Store`."""
-        return self._store.copies(source)
-
-    def starts_from(self, name: str, source: Path) -> bool:
-        """See `Store`."""
-        return False
-
-    def least_bytes(self, size: int) -> int:
-        """See `Store`."""
-        return self._store.least_bytes(size)
 
     def create(self, name: str, size: int, *, aligned: bool) -> None:
         """The upload is open."""
