@@ -352,7 +352,7 @@ def _load(folder: Path) -> tuple[Any, list[str]]:
 
 def _plain(model: Any) -> Any:
     if model.hf_quantizer.quantization_config.quant_method == "compressed-tensors":  # decodes at the first forward pass
-        from compressed_tensors.quantization import disable_quantization  # type: ignore[import-untyped]
+        from compressed_tensors.quantization import disable_quantization
 
         return model.apply(disable_quantization)
     with suppress(NotImplementedError):
