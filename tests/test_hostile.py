@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -558,7 +559,13 @@ def test_an_input_that_changes_meanwhile_is_found_before_publishing(
     path = scene / name
     data = path.read_bytes()
 
+    lock = threading.Lock()  # threads tell of their progress at the same time
+
     def disturb(count: int) -> None:
+        with lock:
+            disturb_alone()
+
+    def disturb_alone() -> None:
         if change == "touched":
             os.utime(path, ns=(1, 1))
         elif change == "grown" and path.stat().st_size == len(data):
