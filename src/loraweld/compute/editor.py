@@ -72,10 +72,10 @@ class Scratch:
 class TensorEditor:
     """Computes rows of one recipe; serves all threads. The first that needs its kernels makes them."""
 
-    def __init__(self, recipe: Recipe, reader: Reader, outcome: Findings, *, unit_rows: int = 1) -> None:
+    def __init__(self, recipe: Recipe, reader: Reader, findings: Findings, *, unit_rows: int = 1) -> None:
         self.recipe = recipe
         self._reader = reader
-        self.outcome = outcome
+        self.findings = findings
         self.grid = TileGrid(recipe.rows, recipe.source.cols, unit_rows)
         self.item_bytes = item_size(recipe.dtype)
         self.row_bytes = recipe.source.cols * self.item_bytes
@@ -102,7 +102,7 @@ class TensorEditor:
                 kernels = [make_kernel(edit, source, self._reader) for edit in self.recipe.edits]
                 decoder = open_decoder(source, self._reader)
                 if isinstance(decoder, RequantisedDecoder):
-                    self.outcome.differences.append(decoder.difference)
+                    self.findings.differences.append(decoder.difference)
                 self._parts = decoder, kernels
             return self._parts
 
@@ -124,10 +124,10 @@ class EditSession:
         self._recipe = editor.recipe
         self._base = base
         self._source_rows = editor.recipe.source.rows
-        self._outcome = editor.outcome
+        self._findings = editor.findings
         self._spans = spans
         self._scratch = scratch
-        allows = self._outcome.allow_nonfinite and not editor.recipe.is_encoded  # codes have none
+        allows = self._findings.allow_nonfinite and not editor.recipe.is_encoded  # codes have none
         self._rounder = make_rounder(torch_dtype(editor.recipe.dtype), editor.recipe.draw, allow_nonfinite=allows)
         self._cols = editor.recipe.source.cols
         self._positions: list[Ints] = []
@@ -187,7 +187,7 @@ class EditSession:
         with self.named(f"rows {top} to {bottom - 1}"):
             doubtful = self._rounder.round(tile.values_nC, out_nC, tile.error, top * self._cols)
         if self._rounder.saw_nonfinite:
-            self._outcome.nonfinite.add(self._recipe.name)
+            self._findings.nonfinite.add(self._recipe.name)
         if len(doubtful):
             self._remember(doubtful, tile.base_nC, top)
         self.note(out_nC, tile, self._wanted_of(top, bottom))
@@ -230,9 +230,9 @@ class EditSession:
 
     def note(self, out_nC: torch.Tensor, tile: Tile, rows: slice = slice(None)) -> None:
         """Note for the whole run whether there was a delta, and whether the output differs from the base in `rows`."""
-        outcome = self._outcome
-        outcome.had_delta |= tile.error > 0
-        if self._spans and not outcome.any_change:
+        findings = self._findings
+        findings.had_delta |= tile.error > 0
+        if self._spans and not findings.any_change:
             out_nC, base_nC = out_nC[rows], tile.base_nC[rows]
             same = out_nC.shape == base_nC.shape and torch.equal(out_nC, base_nC.to(out_nC.dtype))
-            outcome.any_change |= not same
+            findings.any_change |= not same

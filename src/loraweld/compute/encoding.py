@@ -20,14 +20,14 @@ _SESSION_ELEMENTS = 1 << 24
 class WeightEncoding:
     """Makes the stored form of one recipe, within one thread; `fidelity` says how good it is, if it was edited."""
 
-    def __init__(self, recipe: Recipe, reader: Reader, outcome: Findings, scratch: Scratch) -> None:
+    def __init__(self, recipe: Recipe, reader: Reader, findings: Findings, scratch: Scratch) -> None:
         assert recipe.encoding is not None
         unit_rows = recipe.encoding.unit_rows(recipe.shape)
         self.fidelity = Fidelity()
         self._recipe = recipe
         self._scratch = scratch
         self._encoder = open_encoder(recipe, reader)
-        self._editor = TensorEditor(recipe, reader, outcome, unit_rows=unit_rows)
+        self._editor = TensorEditor(recipe, reader, findings, unit_rows=unit_rows)
 
     def stream(self) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield the bytes of codes and scales in the order of the recipe's parts.

@@ -27,7 +27,7 @@ class Filler:
         self._num_editors = num_editors
         self._editors: OrderedDict[str, TensorEditor] = OrderedDict()
         self._lock = Lock()
-        self._found = Findings(allow_nonfinite=allow_nonfinite)
+        self._findings = Findings(allow_nonfinite=allow_nonfinite)
         self._measured: dict[str, Sequence[float]] = {}
 
     def pieces(self, item: Item, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
@@ -44,7 +44,7 @@ class Filler:
 
     def _encode(self, item: Item, recipe: Recipe, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
         """Compute a weight, put it into its encoding and pack codes and scales one after the other."""
-        work = WeightEncoding(recipe, self._reader, self._found, scratch)
+        work = WeightEncoding(recipe, self._reader, self._findings, scratch)
         start, used = item.start, 0
         for data in work.stream():
             done = 0
@@ -69,7 +69,7 @@ class Filler:
 
     def outcome(self) -> Outcome:
         """Return what was found out so far."""
-        found = self._found
+        found = self._findings
         return Outcome(
             had_delta=found.had_delta,
             any_change=found.any_change,
@@ -80,7 +80,7 @@ class Filler:
 
     def _editor(self, recipe: Recipe) -> TensorEditor:
         with self._lock:
-            editor = self._editors.pop(recipe.name, None) or TensorEditor(recipe, self._reader, self._found)
+            editor = self._editors.pop(recipe.name, None) or TensorEditor(recipe, self._reader, self._findings)
             self._editors[recipe.name] = editor
             while len(self._editors) > self._num_editors:
                 self._editors.popitem(last=False)
