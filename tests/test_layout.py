@@ -261,7 +261,7 @@ def test_scalars_and_empty_tensors_come_through(options: dict[str, str | int], t
     }
     base = write_base(tmp_path / "base", tensors)
     adapter = write_adapter(tmp_path / "adapter", random_factors({Q_PROJ: (7, 9)}))
-    loraweld.merge(adapter, output=tmp_path / "out", base=base, **options)
+    loraweld.merge(adapter, output=tmp_path / "out", base=base, verify=True, **options)
     merged = load_folder(tmp_path / "out")
     assert {name: tensor.shape for name, tensor in merged.items()} == {n: t.shape for n, t in tensors.items()}
     assert [n for n, t in tensors.items() if not torch.equal(merged[n].double(), t.double())] == [Q_PROJ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import random
 import re
+import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 import loraweld
 from fakes import contents
 from loraweld import api
-from loraweld.errors import LoraweldError, OutputError, RequestError
+from loraweld.errors import CheckpointError, LoraweldError, OutputError, RequestError, VerificationError
 from loraweld.execute import run
 from loraweld.execute.items import Item
 from loraweld.execute.parts import Part, missing_parts, parse_part, shares
@@ -99,6 +101,28 @@ class StorePlace(Place):
     def left(self) -> list[str]:
         uploads = self.client.list_multipart_uploads(BUCKET) if hasattr(self.client, "call_s3") else []
         return [name for name in self.found() if not name.startswith("model/")] + [one["Key"] for one in uploads]
+
+
+@pytest.fixture
+def s3_place(s3: Store, small_parts: None) -> StorePlace:
+    return StorePlace(f"s3://{BUCKET}/models/model", s3.client)
+
+
+@contextmanager
+def dying_after_one_file() -> Iterator[None]:
+    """The process ends between the first and the second file that appears in a store."""
+    original = uploads.MultipartUploads.complete
+    completed: list[str] = []
+
+    def dying(self: uploads.MultipartUploads, path: str, upload: str) -> None:
+        if completed:
+            raise KeyboardInterrupt
+        completed.append(path)
+        original(self, path, upload)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(uploads.MultipartUploads, "complete", dying)
+        yield
 
 
 def saved(scene: Scene, place: Place, path: Path, **options: object) -> Path:
@@ -226,28 +250,14 @@ def test_a_killed_part_is_continued(
     assert place.files() == scene.files and place.left() == []
 
 
-def test_publish_continues_where_it_was_killed(
-    scene: Scene, s3: Store, small_parts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client)
-    plan = saved(scene, place, tmp_path / "plan.json")
+def test_publish_continues_where_it_was_killed(scene: Scene, s3_place: StorePlace, tmp_path: Path) -> None:
+    plan = saved(scene, s3_place, tmp_path / "plan.json")
     api.run_part(plan, "1/1")
-    original = uploads.MultipartUploads.complete
-    completed: list[str] = []
-
-    def dying(self: uploads.MultipartUploads, path: str, upload: str) -> None:
-        if completed:
-            raise KeyboardInterrupt
-        completed.append(path)
-        original(self, path, upload)
-
-    monkeypatch.setattr(uploads.MultipartUploads, "complete", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_after_one_file():
         api.publish(plan)
-    assert "config.json" not in place.files() and "model.safetensors.index.json" not in place.files()
-    monkeypatch.setattr(uploads.MultipartUploads, "complete", original)
+    assert len(s3_place.files()) == 1
     api.publish(plan)
-    assert place.files() == scene.files and place.left() == []
+    assert s3_place.files() == scene.files and s3_place.left() == []
 
 
 def test_bytes_lost_in_the_store_are_noticed(scene: Scene, s3: Store, small_parts: None, tmp_path: Path) -> None:
@@ -309,25 +319,11 @@ def test_a_change_that_is_lost_in_all_parts_is_refused(place: Place, tmp_path: P
     assert place.files() == {}
 
 
-def test_the_same_merge_ends_a_publication_that_was_killed(
-    scene: Scene, s3: Store, small_parts: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = StorePlace(f"s3://{BUCKET}/models/model", s3.client)
-    original = uploads.MultipartUploads.complete
-    completed: list[str] = []
-
-    def dying(self: uploads.MultipartUploads, path: str, upload: str) -> None:
-        if completed:
-            raise KeyboardInterrupt
-        completed.append(path)
-        original(self, path, upload)
-
-    monkeypatch.setattr(uploads.MultipartUploads, "complete", dying)
-    with pytest.raises(KeyboardInterrupt):
-        loraweld.merge(scene.adapter, base=scene.base, output=place.output)
-    monkeypatch.setattr(uploads.MultipartUploads, "complete", original)
-    loraweld.merge(scene.adapter, base=scene.base, output=place.output)
-    assert place.files() == scene.files and place.left() == []
+def test_the_same_merge_ends_a_publication_that_was_killed(scene: Scene, s3_place: StorePlace) -> None:
+    with dying_after_one_file():
+        loraweld.merge(scene.adapter, base=scene.base, output=s3_place.output)
+    loraweld.merge(scene.adapter, base=scene.base, output=s3_place.output)
+    assert s3_place.files() == scene.files and s3_place.left() == []
 
 
 def test_what_begins_badly_leaves_no_upload(scene: Scene, s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +365,49 @@ def test_a_full_disk_is_a_message_and_can_be_continued(
     api.run_part(plan, "1/1")
     api.publish(plan)
     scene.check_finished()
+
+
+def test_an_input_that_changes_while_a_part_is_made_takes_its_notes_back(
+    scene: Scene, tmp_path: Path, small_items: None
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(scene.base, base)
+    path = next(base.glob("*-00001-of-*.safetensors"))
+    before = path.stat()
+    plan = saved(replace(scene, base=base), FolderPlace(scene.out), tmp_path / "plan.json")
+    with pytest.raises(CheckpointError, match="has changed while it was read"):
+        api.run_part(plan, "1/1", progress=lambda count: os.utime(path, ns=(1, 1)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(OutputError, match="1 of 1 parts"):
+        api.publish(plan)
+    again: list[int] = []
+    api.run_part(plan, "1/1", progress=again.append)
+    assert again[0] == 0
+    api.publish(plan)
+    scene.check_finished()
+
+
+def test_verify_is_heeded_when_parts_are_published(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a merge: a byte that the disk has turned is found before the output appears."""
+    plan = saved(scene, FolderPlace(scene.out), tmp_path / "plan.json", verify=True)
+    api.run_part(plan, "1/1")
+    weights = max(scene.staging.rglob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-2:] = b"\x80\x42"  # 64 in bfloat16
+    weights.write_bytes(data)
+    with pytest.raises(VerificationError, match="was not published"):
+        api.publish(plan)
+    assert scene.state() is None
+
+
+def test_a_plan_of_another_version_is_refused(scene: Scene, tmp_path: Path) -> None:
+    path = saved(scene, FolderPlace(scene.out), tmp_path / "plan.json")
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "loraweld_version": "0.0.1"}))
+    with pytest.raises(RequestError, match=r"saved by loraweld 0\.0\.1"):
+        api.run_part(path, "1/1")
 
 
 def test_from_the_command_line(scene: Scene, tmp_path: Path) -> None:

@@ -204,7 +204,6 @@ def merge_request(
         facts,
         progress=progress,
         complete=completion(made, on_export),
-        check=_check(request, made, facts) if request.verify else None,
         started=started,
         repository=repository,
         card=_card(made, facts, repository) if repository is not None else None,
@@ -277,8 +276,7 @@ def _batch(
         made, facts = plan_request(request)
     if on_plan:
         on_plan(made)
-    check = _check(request, made, facts) if request.verify else None
-    return Batch.of(request, made, facts, progress=progress, check=check)
+    return Batch.of(request, made, facts, progress=progress)
 
 
 def _merge_in_parts(
@@ -291,18 +289,6 @@ def _merge_in_parts(
 
     document = plan_document(batch)
     return merge_in_parts(batch, lambda batch: run_on_ray(batch, document, address=request.ray_address))
-
-
-def _check(request: MergeRequest, made: MergePlan, facts: Facts | None) -> Callable[[Path], None]:
-    """Return what refuses a staged output that is not what was asked for."""
-
-    def check(folder: Path) -> None:
-        from loraweld.verification.staged import check_staged  # torch is imported only once there is work
-
-        assert facts is not None
-        check_staged(folder, request, facts, dtype=made.dtype)
-
-    return check
 
 
 def _card(made: MergePlan, facts: Facts | None, repository: Repository) -> CardFacts:

@@ -56,14 +56,11 @@ def deliver(
     *,
     progress: Progress,
     complete: Complete | None = None,
-    check: Complete | None = None,
     started: float | None = None,
     repository: Repository | None = None,
     card: CardFacts | None = None,
 ) -> MergeReport:
     """Do what a plan says; `complete` ends an output with files that other programs make.
-
-    `check` looks at the finished model before it is published and raises if it may not be.
 
     With a `repository` the output goes to the Hub, with a `card` README.md is written.
 
@@ -75,9 +72,7 @@ def deliver(
         if complete is not None:
             made, complete = beside_export(made, complete, CARD_NAME, card_text(card))
             card = None
-    work = Delivery.of(
-        request, made, facts, progress=progress, complete=complete, check=check, started=started, card=card
-    )
+    work = Delivery.of(request, made, facts, progress=progress, complete=complete, started=started, card=card)
     try:
         if repository is None:
             return work.to_folder()
@@ -114,7 +109,7 @@ def _send(work: Delivery, repository: Repository) -> MergeReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """A plan on its way to its output."""
+    """A plan on its way to its output; `check` refuses a finished model that is not what was asked for."""
 
     request: MergeRequest
     made: MergePlan
@@ -136,7 +131,6 @@ class Delivery:
         *,
         progress: Progress,
         complete: Complete | None = None,
-        check: Complete | None = None,
         started: float | None = None,
         card: CardFacts | None = None,
     ) -> Delivery:
@@ -148,7 +142,7 @@ class Delivery:
             card=card,
             progress=progress,
             complete=complete,
-            check=check,
+            check=_check(request, made, facts) if request.verify else None,
             started=time.monotonic() if started is None else started,
             streams=request.streams_to_hub and complete is None,
             copied=_copied(made),
@@ -341,6 +335,16 @@ def _weights(made: MergePlan, measured: Measured) -> tuple[WeightFidelity, ...]:
         WeightFidelity(tensor=name, relative_error=found.relative_error, kept=found.kept)
         for name, found in fidelity_of(made, measured).items()
     )
+
+
+def _check(request: MergeRequest, made: MergePlan, facts: Facts | None) -> Complete:
+    def check(folder: Path) -> None:
+        from loraweld.verification.staged import check_staged  # torch is imported only once there is work
+
+        assert facts is not None
+        check_staged(folder, request, facts, dtype=made.dtype)
+
+    return check
 
 
 def output_error(error: OSError, request: MergeRequest) -> OutputError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from loraweld.delivery import Delivery, Progress, output_error
-from loraweld.errors import LoraweldError, OutputError, RequestError
+from loraweld.errors import CheckpointError, LoraweldError, OutputError, RequestError
 from loraweld.execute.items import Copies, Stretch, stretches
 from loraweld.execute.outcome import Outcome, together
 from loraweld.execute.parts import Part, missing_parts, part_of_name, shares
@@ -64,7 +64,6 @@ class Batch:
         facts: Facts | None,
         *,
         progress: Progress = lambda count: None,
-        check: Complete | None = None,
     ) -> Batch:
         """Cut a plan into its work.
 
@@ -74,7 +73,7 @@ class Batch:
         if request.save_method in WHOLE_METHODS or request.hub is not None:
             what = "the Hub" if request.hub is not None else f"save_method {request.save_method}"
             raise RequestError(f"a merge in parts fills a folder, here or in an object store, not {what}")
-        delivery = Delivery.of(request, made, facts, progress=progress, check=check)
+        delivery = Delivery.of(request, made, facts, progress=progress)
         name = delivery.identity()
         work = stretches(made, place_of(request, name))
         identity = _identity(name, work)
@@ -103,7 +102,11 @@ class Batch:
         with _told(self.delivery.request), self.place.part(part.name) as sink:
             share = shares(self.work, part.count)[part.number - 1]
             result = make_weights(self.delivery.made, sink, share, self.delivery.progress)
-            self.delivery.check_unchanged()
+            try:
+                self.delivery.check_unchanged()
+            except CheckpointError:
+                sink.journal.forget()  # nobody knows which of its bytes are of which input
+                raise
             if result.is_whole:
                 sink.journal.conclude(result.outcome.to_json())
             else:

@@ -89,20 +89,23 @@ def load_document(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def open_batch(document: Mapping[str, Any], *, progress: Progress = lambda count: None, **changed: Any) -> Batch:
-    """Plan again, and return the batch if it is the one that was saved; `changed` options play no part in the bytes.
+def open_batch(document: Mapping[str, Any], *, progress: Progress = lambda count: None) -> Batch:
+    """Plan again, and return the batch if it is the one that was saved.
 
     Raises:
         RequestError: the saved options are damaged, or of another version.
         OutputError: another plan comes out now: an input has changed.
     """
-    request = replace(_request(document["request"]), **changed)
+    version = document.get("loraweld_version")
+    if version != __version__:
+        raise RequestError(f"the plan was saved by loraweld {version}, this is {__version__}; save the plan again")
+    request = _request(document["request"])
     made, facts = plan_request(request)
     batch = Batch.of(request, made, facts, progress=progress)
     if batch.identity != document["identity"]:
         raise OutputError(
-            f"the plan was saved by loraweld {document.get('loraweld_version')} for other inputs than are there now: "
-            "base or adapter have changed, or are other files here. Every part must see the same; save the plan again",
+            "the plan was saved for other inputs than are there now: base or adapter have changed, or are other files "
+            "here. Every part must see the same; save the plan again",
             path=made.output,
         )
     return batch

@@ -127,6 +127,11 @@ class PartJournal:
         self.outcome = outcome
         self._write()
 
+    def forget(self) -> None:
+        """Take back all that was noted."""
+        self.done = {}
+        self.conclude(None)
+
     def close(self) -> None:
         """Nothing is open."""
 
