@@ -19,7 +19,7 @@ import torch
 import loraweld
 from fakes import llama_shapes, random_factors, random_tensors, write_adapter, write_base
 from loraweld.distributed import on_ray
-from loraweld.errors import OutputError, RequestError
+from loraweld.errors import LoraweldError, OutputError, RequestError
 from s3_server import BUCKET, Store
 from scenes import Scene
 
@@ -57,6 +57,15 @@ def test_what_a_task_refuses_is_said(scene: Scene, cluster: None, monkeypatch: p
     with pytest.raises(OutputError, match=r"part \d/\d failed: .*have changed"):
         scene.merge(executor="ray", workers=2)
     assert scene.state() is None
+
+
+def test_a_part_that_would_fail_again_leaves_nothing(scene: Scene, s3: Store, cluster: None) -> None:
+    """Nor does any task run on: what they make is removed."""
+    url = f"s3://{BUCKET}/models/model"
+    options = {"executor": "ray", "workers": 2, "dtype": "float16", "scale": 1e9}
+    with pytest.raises(LoraweldError, match=r"part \d/\d: .*too large for float16"):
+        loraweld.merge(scene.adapter, base=scene.base, output=url, **options)
+    assert s3.get("models") == {} and s3.client.list_multipart_uploads(BUCKET) == []
 
 
 def test_options_that_do_not_fit(scene: Scene) -> None:

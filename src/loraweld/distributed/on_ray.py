@@ -9,7 +9,8 @@ import json
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -26,27 +27,36 @@ WORKER_BYTES = 280 << 20
 _LOOK_SECONDS = 2.0
 _RETRIES = 5
 _ANSWER_SECONDS = 10.0
+_END_SECONDS = 60.0
 
 
 def run_on_ray(batch: Batch, document: Mapping[str, Any], *, address: str | None) -> None:
-    """Make all parts on the cluster at `address`; None starts one on this machine, or takes that of RAY_ADDRESS.
+    """Make all parts on the cluster at `address`; None takes that of RAY_ADDRESS, or one on this machine for the time.
 
     Raises:
-        OutputError: a part could not be made; what is finished stays noted.
+        LoraweldError: a part was refused, or could not be made; no task runs any more, what is finished stays noted.
         RequestError: Ray is not installed, or cannot be reached.
     """
-    ray = _ray(address)
-    made = batch.delivery.made
-    task = ray.remote(_make_part).options(
-        num_cpus=-(-made.workers // 2),  # two of four threads compute, the others wait for disk or network
-        memory=declared_memory(made),
-        max_retries=_RETRIES,
-        name="loraweld",
-    )
-    count = max(1, min(len(batch.work), math.ceil(made.merged_bytes / PART_BYTES) + _slots(ray, made.workers)))
-    text = document_text(document)
-    parts = [Part(count=count, number=number) for number in range(1, count + 1)]
-    waiting = {task.remote(text, part.count, part.number): part for part in parts}
+    with _cluster(address) as ray:
+        made = batch.delivery.made
+        task = ray.remote(_make_part).options(
+            num_cpus=-(-made.workers // 2),  # two of four threads compute, the others wait for disk or network
+            memory=declared_memory(made),
+            max_retries=_RETRIES,
+            name="loraweld",
+        )
+        count = max(1, min(len(batch.work), math.ceil(made.merged_bytes / PART_BYTES) + _slots(ray, made.workers)))
+        text = document_text(document)
+        parts = [Part(count=count, number=number) for number in range(1, count + 1)]
+        waiting = {task.remote(text, part.count, part.number): part for part in parts}
+        try:
+            _await(ray, waiting, batch)
+        finally:
+            _cancel(ray, [*waiting])
+
+
+def _await(ray: Any, waiting: dict[Any, Part], batch: Batch) -> None:
+    """Take tasks out of `waiting` as they end, until there is none, or one has failed."""
     shown = _Shown(batch)
     while waiting:
         ready, _ = ray.wait([*waiting], timeout=_LOOK_SECONDS)
@@ -55,18 +65,26 @@ def run_on_ray(batch: Batch, document: Mapping[str, Any], *, address: str | None
         shown.update()
 
 
+def _cancel(ray: Any, tasks: list[Any]) -> None:
+    """End tasks, and return when they have ended: what they were making may be removed then."""
+    for task in tasks:
+        ray.cancel(task, force=True)
+    if tasks:
+        ray.wait(tasks, num_returns=len(tasks), timeout=_END_SECONDS)
+
+
 def declared_memory(made: MergePlan) -> int:
     """Return the bytes that a task asks of the cluster."""
     of_store = made.workers * THREAD_BYTES if made.store else 0
     return made.peak_memory_bytes + WORKER_BYTES + of_store
 
 
-def _make_part(text: str, count: int, number: int) -> str | None:
-    """The task: make a part; return what a user can fix, None if all is well."""
+def _make_part(text: str, count: int, number: int) -> tuple[bool, str] | None:
+    """The task: make a part; return whether it can be continued and what a user can fix, None if all is well."""
     try:
         _batch(text).run(Part(count=count, number=number))
     except LoraweldError as error:
-        return str(error)
+        return isinstance(error, OutputError), str(error)
     return None
 
 
@@ -79,18 +97,25 @@ def _batch(text: str) -> Batch:
     return open_batch(json.loads(text))
 
 
-def _ray(address: str | None) -> Any:
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Yield Ray, connected; the connection ends with the block if it was not there before."""
     try:
         import ray
     except ImportError:
         raise RequestError("--executor ray needs Ray: pip install 'loraweld[ray]'") from None
-    if not ray.is_initialized():
-        try:
-            _check_answers(address or os.environ.get("RAY_ADDRESS", ""))
-            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
-        except (OSError, ValueError) as error:
-            raise RequestError(f"the Ray cluster {address or ''} cannot be reached: {error}") from None
-    return ray
+    if ray.is_initialized():
+        yield ray
+        return
+    try:
+        _check_answers(address or os.environ.get("RAY_ADDRESS", ""))
+        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the Ray cluster {address or ''} cannot be reached: {error}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
@@ -108,12 +133,20 @@ def _slots(ray: Any, workers: int) -> int:
 
 
 def _check(ray: Any, reference: Any, part: Part, batch: Batch) -> None:
+    """Raises:
+    OutputError: what is finished can be continued.
+    LoraweldError: it would fail again.
+    """
     try:
         problem = ray.get(reference)
     except ray.exceptions.RayError as error:
-        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"
-    if problem is not None:
-        raise OutputError(f"part {part} failed: {problem}", path=batch.delivery.made.output)
+        problem = True, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"
+    if problem is None:
+        return
+    continues, said = problem
+    if continues:
+        raise OutputError(f"part {part} failed: {said}", path=batch.delivery.made.output)
+    raise LoraweldError(f"part {part}: {said}")
 
 
 class _Shown:
