@@ -9,6 +9,12 @@ from loraweld.request import AS_GIVEN, DTYPES, NEAREST, QUANT_TYPES, ROUNDINGS
 from loraweld.save_methods import SAVE_METHODS
 
 
+def add_telling(parser: argparse.ArgumentParser, what: str) -> None:
+    """How much is printed, and as what."""
+    parser.add_argument("--json", action="store_true", help=f"print the {what} as JSON on stdout")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
 def add_sides(parser: argparse.ArgumentParser, *, base: str, adapter: str = "none") -> None:
     """What a model was merged from, and how."""
     add = parser.add_argument
@@ -73,8 +79,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add_encoding_arguments(parser.add_argument_group("quantised bases and outputs"))
     add_hub_arguments(parser.add_argument_group("the Hub"))
     add_machine_arguments(parser.add_argument_group("more than one machine"))
-    add("--json", action="store_true", help="print the report as JSON on stdout")
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add_telling(parser, "report")
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,8 +186,7 @@ def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--token", metavar="TOKEN", help="token of the Hub (default: the stored login, or HF_TOKEN)")
-    add("--json", action="store_true", help="print the report as JSON on stdout")
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add_telling(parser, "report")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,8 +196,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", dest="run_file", metavar="FILE", help="what merge --json printed, for the time it took")
     add("--overwrite", action="store_true", help="replace a page that exists")
     add_sides(parser, base="the one merged, where it is found", adapter="those merged, where they are found")
-    add("--json", action="store_true", help="print the numbers as JSON on stdout")
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add_telling(parser, "numbers")
 
 
 def add_hub_arguments(group: argparse._ArgumentGroup) -> None:

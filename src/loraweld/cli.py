@@ -23,6 +23,7 @@ from loraweld.arguments import (
     add_report_arguments,
     add_sides,
     add_sizing_arguments,
+    add_telling,
 )
 from loraweld.errors import LoraweldError, RequestError, printable
 from loraweld.request import MergeRequest, make_request
@@ -345,8 +346,7 @@ def _add_parts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="example: loraweld publish plan.json",
     )
     publish.add_argument("plan", metavar="PLAN", help="what plan --save has written")
-    publish.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
-    publish.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_telling(publish, "report")
     publish.set_defaults(run=_publish)
     discard = commands.add_parser(
         "discard",
