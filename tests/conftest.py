@@ -7,15 +7,44 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import scenes
 from gguf_models import FAKE_CONVERTER
+from loraweld.delivery import Delivery
 from loraweld.execute import run
 from loraweld.planning import memory
+from loraweld.planning.facts import Facts
+from loraweld.planning.merge_plan import MergePlan
+from loraweld.request import WHOLE_METHODS, MergeRequest
 from s3_server import Store, s3_store
 from scenes import Scene, undisturbed_merge
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--verify-outputs", action="store_true", help="verify whatever a test merges in its own process")
+
+
+@pytest.fixture(autouse=True)
+def verified(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --verify-outputs a merge into a folder is refused if `verify` finds anything wrong with it: a false alarm,
+    where the test expects the merge to be right."""
+    if not request.config.getoption("--verify-outputs"):
+        return
+    original = Delivery.of.__func__
+
+    def verifying(
+        cls: type[Delivery], asked: MergeRequest, made: MergePlan, facts: Facts | None, **more: Any
+    ) -> Delivery:
+        is_model = asked.save_method not in WHOLE_METHODS and more.get("complete") is None
+        is_here = asked.keeps_output and asked.store is None
+        asked = replace(asked, verify=facts is not None and is_model and is_here and not asked.allow_nonfinite)
+        delivery: Delivery = original(cls, asked, made, facts, **more)
+        return delivery
+
+    monkeypatch.setattr(Delivery, "of", classmethod(verifying))
 
 
 @pytest.fixture(scope="session")

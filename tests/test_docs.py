@@ -48,7 +48,7 @@ NOT_HERE = {
     "save_pretrained_merged(model": "needs a trained model in memory; tests/test_live.py",
 }
 # Options in the text that are those of other programs.
-FOREIGN_OPTIONS = {"--shape", "--help"}
+FOREIGN_OPTIONS = {"--shape", "--help", "--verify-outputs"}
 
 
 @dataclass(frozen=True, slots=True)

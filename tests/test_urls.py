@@ -91,7 +91,7 @@ def test_the_command(scene: Scene, store: Store) -> None:
 
 def nf4_base(folder: Path) -> Path:
     tensors = random_tensors(TENSORS, torch.bfloat16)
-    quantised = nf4(tensors.pop("model.layers.0.mlp.up_proj.weight"))
+    quantised = nf4(tensors.pop("model.layers.0.mlp.up_proj.weight"), quant_type="nf4")
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     return save_base(folder, {**tensors, **quantised}, config_of("bitsandbytes", **settings))
 
