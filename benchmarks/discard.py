@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from loraweld.execute.run import run_plan
+from loraweld.execute.sizing import Anywhere
 from loraweld.preparation import plan_request
 from loraweld.request import make_request
 from loraweld.sinks.journal import NoJournal
@@ -26,7 +27,7 @@ HASHES: dict[str, Callable[[memoryview], object]] = {
 }
 
 
-class Discard:
+class Discard(Anywhere):
     """Has the verbs of a sink; hashes what it is given, piece by piece, and forgets it."""
 
     files_at_once: int | None = None
@@ -36,15 +37,6 @@ class Discard:
         self._hashed = hashed
         self._lock = threading.Lock()
         self.num_bytes = 0
-
-    def copies(self, source: Path) -> bool:
-        return False
-
-    def starts_from(self, name: str, source: Path) -> bool:
-        return False
-
-    def least_bytes(self, size: int) -> int:
-        return 0
 
     def create(self, name: str, size: int, *, aligned: bool) -> None:
         pass

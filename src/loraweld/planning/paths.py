@@ -27,7 +27,7 @@ def check_output(request: MergeRequest, inputs: Iterable[Path]) -> None:
 
 def _check_store(request: MergeRequest) -> None:
     store = f"{request.store}/" if request.store else ""
-    for name in filter(is_url, map(str, (request.base or "", *request.adapters))):
+    for name in filter(is_url, (request.base or "", request.tokenizer or "", *request.adapters)):
         source = name.rstrip("/") + "/"
         if store and (source.startswith(store) or store.startswith(source)):
             raise RequestError(
