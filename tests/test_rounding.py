@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from exact import BF16, FORMATS, FP16, Format, bits_of, nearest_even, rounded
-from loraweld.compute.rounding import Rounder, round_exact, round_once
+from loraweld.compute.rounding import MANTISSA_BITS, Magnitudes, Rounder, round_exact, round_once
 from loraweld.errors import NumericsError
 from strategies import near_ties
 
@@ -96,6 +96,25 @@ def test_results_in_doubt_are_taken_from_float64(form: Format, data: st.DataObje
     error = 1e3 + float(np.abs(exact).max())
     made = round_row(exact, torch.zeros(1, len(exact)), error, form.dtype)
     assert bits(made) == [exact_bits(value, form) for value in exact]
+
+
+@each_format
+@given(data=st.data())
+def test_small_results_are_in_doubt_wherever_they_lie(form: Format, data: st.DataObject) -> None:
+    """Of any number of values, those whose step is below the error are found, and no others but a few next to them."""
+    rows, cols = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 130)))
+    signs = np.random.default_rng(rows * cols).choice([-1.0, 1.0], rows * cols)
+    values = torch.from_numpy(signs).to(form.dtype)
+    places = data.draw(st.lists(st.integers(0, rows * cols - 1), max_size=30))
+    sizes = data.draw(st.lists(st.floats(0, 0.5), min_size=len(places), max_size=len(places)))
+    values[places] *= torch.tensor(sizes, dtype=form.dtype)
+    limit = 0.25
+    error = limit / 2 ** (MANTISSA_BITS[form.dtype] + 1)
+    found = np.zeros(rows * cols, dtype=bool)
+    found[Magnitudes(values.view(rows, cols)).in_doubt(error)] = True
+    size = values.abs().double().numpy()
+    assert found[size < limit].all()
+    assert not found[size > limit].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -22,7 +22,7 @@ _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 _FLOAT32_EPSILON = 2.0**-23
 Ints = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.int16]
-AnyBits = Bits | npt.NDArray[np.int32]
+_RUN = 512
 NONE = np.empty(0, dtype=np.int64)
 
 
@@ -50,13 +50,13 @@ class Rounder:
             if not _is_finite(out_nC):
                 self._let_through(out_nC)
             return NONE
-        bits_nC = out_nC.view(torch.int16).numpy()
-        if bits_nC.size and largest_bits(bits_nC) >= _INFINITY[self.dtype]:
+        magnitudes = Magnitudes(out_nC)
+        if magnitudes.largest >= _INFINITY[self.dtype]:
             self._let_through(tile_nC)
             return NONE  # float32 is near enough for the other values of such a tile
-        if self.dtype == torch.float16 and error and bits_nC.size:
+        if self.dtype == torch.float16 and error:
             return _near_middle(tile_nC, self.dtype, error)
-        return in_doubt(out_nC, error)
+        return magnitudes.in_doubt(error)
 
     def exact(self, values: npt.NDArray[np.float64], flat: Ints) -> torch.Tensor:
         """Return the exact values of elements at flat positions of the tensor, rounded as `round` does.
@@ -97,34 +97,32 @@ def round_once(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Ten
     return torch.from_numpy(odd.view(np.float32)).to(dtype)
 
 
-# The magnitude of a float is its bits without the sign, and orders as they do. Read as signed numbers, negative floats
-# lie from the least number on upwards, so minima and maxima of the bits, signed and unsigned, bound both halves without
-# a copy.
-_SIGN = 0x8000
+class Magnitudes:
+    """The bits of 16-bit floats without their signs, which order as absolute values do."""
 
+    def __init__(self, values_nC: torch.Tensor) -> None:
+        self._dtype = values_nC.dtype
+        self._bits: Bits = np.bitwise_and(values_nC.view(torch.int16).numpy().reshape(-1), np.int16(0x7FFF))
 
-def largest_bits(bits: AnyBits) -> int:
-    """Return the largest magnitude, as bits, of floats of 16 or 32 bits that are read as signed numbers."""
-    return max(int(bits.max()), int(bits.view(f"u{bits.itemsize}").max()) - (1 << (8 * bits.itemsize - 1)))
+    @property
+    def largest(self) -> int:
+        """The bits of the largest one, those of 0 if there is none."""
+        return int(self._bits.max(initial=0))
 
+    def in_doubt(self, error: float) -> Ints:
+        """Return the flat positions of values whose step may be smaller than about the absolute `error`."""
+        if not error:
+            return NONE
+        return self._below(_bits_above(error * 2.0 ** (MANTISSA_BITS[self._dtype] + 1), self._dtype))
 
-def in_doubt(out_nC: torch.Tensor, error: float) -> Ints:
-    """Return the flat positions of 16-bit values whose step may be smaller than about the absolute `error`."""
-    if not error or not out_nC.numel():
-        return NONE
-    limit = _bits_above(error * 2.0 ** (MANTISSA_BITS[out_nC.dtype] + 1), out_nC.dtype)
-    return _below(out_nC.view(torch.int16).numpy(), limit)
-
-
-def _below(bits_nC: Bits, limit: int) -> Ints:
-    """Flat positions of magnitudes below `limit`; most rows have none, and a row's minimum is cheap."""
-    unsigned_nC = bits_nC.view(np.uint16)
-    rows = np.flatnonzero((unsigned_nC.min(axis=1) < limit) | (bits_nC.min(axis=1) < limit - _SIGN))
-    if not len(rows):
-        return NONE
-    found, cols = np.divmod(np.flatnonzero((unsigned_nC[rows] & (_SIGN - 1)) < limit), bits_nC.shape[1])
-    flat: Ints = rows[found] * bits_nC.shape[1] + cols
-    return flat
+    def _below(self, limit: int) -> Ints:
+        """Few are: most runs of neighbours have none, and the minimum of a run costs a fraction of a copy."""
+        whole = len(self._bits) // _RUN * _RUN
+        runs = self._bits[:whole].reshape(-1, _RUN)
+        low = np.flatnonzero(torch.from_numpy(runs).amin(dim=1).numpy() < limit)
+        found, places = np.divmod(np.flatnonzero(runs[low] < limit), _RUN)
+        rest = np.flatnonzero(self._bits[whole:] < limit)
+        return np.concatenate([low[found] * _RUN + places, whole + rest])
 
 
 def _bits_above(value: float, dtype: torch.dtype) -> int:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from loraweld.compute.random_bits import PIECE_ELEMENTS, Random, RandomBits
-from loraweld.compute.rounding import MANTISSA_BITS, NONE, Ints, Rounder, in_doubt, largest_bits, round_exact
+from loraweld.compute.rounding import MANTISSA_BITS, NONE, Ints, Magnitudes, Rounder, round_exact
 from loraweld.planning.merge_plan import Draw
 
 _MIN_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
@@ -49,9 +49,9 @@ class StochasticRounder(Rounder):
         for start in range(0, len(bits), PIECE_ELEMENTS):
             piece = slice(start, start + PIECE_ELEMENTS)
             self._round_piece(bits[piece], out[piece], first + start)
-        if len(bits) and largest_bits(bits) > self._largest and not self._mend_largest(values, out):
+        if len(bits) and _largest_magnitude(bits) > self._largest and not self._mend_largest(values, out):
             return NONE
-        return in_doubt(out_nC, error)
+        return Magnitudes(out_nC).in_doubt(error)
 
     def exact(self, values: npt.NDArray[np.float64], flat: Ints) -> torch.Tensor:
         nearest = round_exact(values, self.dtype)
@@ -89,6 +89,11 @@ def _chosen(values: npt.NDArray[np.float64], random: Random, dtype: torch.dtype)
     whole = np.floor(steps)
     farther = steps - whole + (random + 0.5) / 2**16 >= 1
     return torch.from_numpy(np.copysign(np.ldexp(whole + farther, exponents), values)).to(dtype)
+
+
+def _largest_magnitude(bits: npt.NDArray[np.int32]) -> int:
+    """Return the bits of the largest magnitude of float32 values: read as signed numbers, negative ones lie lowest."""
+    return max(int(bits.max()), int(bits.view(np.uint32).max()) - (1 << 31))
 
 
 def _float32_bits(value: float) -> int:
