@@ -7,6 +7,7 @@ argparse, not typer: typer with rich takes 0.3 s to print a help page, which is 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # `loraweld inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    gc.freeze()  # it all ends with the process: to search torch's modules for cycles now takes 0.3 s
     sys.exit(0)
 
 
