@@ -1,15 +1,13 @@
-"""Merge as the command does, but throw the output away, hashed or not: what a merge takes besides its disk.
+"""Merge as the command does, but throw the output away: what a merge takes besides its disk.
 
-python benchmarks/discard.py BASE ADAPTER [none|crc32|blake2b|sha256]
+python benchmarks/discard.py BASE ADAPTER
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import threading
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from loraweld.execute.run import run_plan
@@ -19,22 +17,14 @@ from loraweld.request import make_request
 from loraweld.sinks.journal import NoJournal
 from loraweld.sinks.system import keep_freed_memory
 
-HASHES: dict[str, Callable[[memoryview], object]] = {
-    "none": lambda data: None,
-    "crc32": zlib.crc32,
-    "blake2b": lambda data: hashlib.blake2b(data).digest(),
-    "sha256": lambda data: hashlib.sha256(data).digest(),
-}
-
 
 class Discard(Anywhere):
-    """Has the verbs of a sink; hashes what it is given, piece by piece, and forgets it."""
+    """Has the verbs of a sink; forgets what it is given."""
 
     files_at_once: int | None = None
 
-    def __init__(self, hashed: Callable[[memoryview], object]) -> None:
+    def __init__(self) -> None:
         self.journal = NoJournal()
-        self._hashed = hashed
         self._lock = threading.Lock()
         self.num_bytes = 0
 
@@ -42,7 +32,6 @@ class Discard(Anywhere):
         pass
 
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None:
-        self._hashed(buffer[:count])
         with self._lock:
             self.num_bytes += count
 
@@ -67,10 +56,10 @@ class Discard(Anywhere):
 
 def main() -> None:
     """Run the command line."""
-    base, adapter, *hashed = sys.argv[1:]
+    base, adapter = sys.argv[1:]
     keep_freed_memory()
     made, _ = plan_request(make_request(adapter, base=base, output="discarded"))
-    sink = Discard(HASHES[hashed[0] if hashed else "none"])
+    sink = Discard()
     run_plan(made, sink, closing=lambda result: {}, progress=lambda count: None)
     print(sink.num_bytes)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraweld.sinks import system
-from loraweld.sinks.journal import Journal, Measured
+from loraweld.sinks.journal import Journal, Noted
 
 Shapes = Mapping[str, tuple[int, ...]]
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module → (A, B)
@@ -188,7 +188,7 @@ class Recorder:
     def _note_journal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         append = Journal.append
 
-        def noted(journal: Journal, items: Measured) -> None:
+        def noted(journal: Journal, items: Noted) -> None:
             self.events.append(Event(kind="journal", inode=0, keys=tuple(items)))
             append(journal, items)
 

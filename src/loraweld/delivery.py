@@ -23,7 +23,7 @@ from loraweld.hub.upload import HubBase, Upload
 from loraweld.planning.facts import Facts
 from loraweld.planning.merge_plan import RECORD_NAME, Input, MergePlan
 from loraweld.planning.notes import base_difference_notes, no_change_notes, nonfinite_notes
-from loraweld.record import record_text
+from loraweld.record import is_record, make_record, record_text
 from loraweld.report import (
     MergeReport,
     RunFacts,
@@ -44,7 +44,7 @@ from loraweld.sinks.folder import (
     staging_folder,
 )
 from loraweld.sinks.hub import HubSink, sent_memory
-from loraweld.sinks.journal import Measured
+from loraweld.sinks.journal import Noted
 
 Progress = Callable[[int], None]
 
@@ -113,7 +113,7 @@ class Delivery:
 
     request: MergeRequest
     made: MergePlan
-    record: str | None
+    record: Mapping[str, Any] | None
     card: CardFacts | None
     progress: Progress
     complete: Complete | None
@@ -138,7 +138,7 @@ class Delivery:
         return cls(
             request=request,
             made=made,
-            record=record_text(made, facts) if facts else None,
+            record=make_record(made, facts) if facts else None,
             card=card,
             progress=progress,
             complete=complete,
@@ -218,9 +218,9 @@ class Delivery:
             sink.clean_up()  # it would fail again: there is nothing to continue
             raise
 
-    def report_published(self, measured: Measured) -> MergeReport:
+    def report_published(self, noted: Noted) -> MergeReport:
         """Report an output that a run has published which was killed before it could say so."""
-        return self.report(RunFacts(resumed_bytes=self.made.merged_bytes, fidelity=_weights(self.made, measured)))
+        return self.report(RunFacts(resumed_bytes=self.made.merged_bytes, fidelity=_weights(self.made, noted)))
 
     def check_unchanged(self) -> None:
         """Raises:
@@ -249,8 +249,7 @@ class Delivery:
         Raises:
             OutputError: it is something else.
         """
-        path = self.made.output / RECORD_NAME
-        if self.record is not None and (not path.is_file() or path.read_bytes() != self.record.encode()):
+        if self.record is not None and not is_record(self.made.output / RECORD_NAME, self.record):
             raise OutputError(TAKEN, path=self.made.output)
 
     def _run(self, sink: Any) -> RunFacts:
@@ -262,7 +261,7 @@ class Delivery:
         notes = no_change_notes(self.made) if result.is_whole and not outcome.any_change else []
         notes += [*base_difference_notes(outcome.base_difference), *nonfinite_notes(outcome.nonfinite)]
         return RunFacts(
-            resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_weights(self.made, result.measured)
+            resumed_bytes=result.resumed_bytes, notes=tuple(notes), fidelity=_weights(self.made, result.noted)
         )
 
     def closing(self, result: RunResult) -> Mapping[str, str]:
@@ -274,9 +273,10 @@ class Delivery:
         self.check_unchanged()
         texts = {}
         if self.card is not None:
-            texts[CARD_NAME] = card_text(self.card, fidelity_lines(_weights(self.made, result.measured)))
+            texts[CARD_NAME] = card_text(self.card, fidelity_lines(_weights(self.made, result.noted)))
         if self.record is not None:
-            texts[RECORD_NAME] = self.record
+            # Those of tensors that are only on the way to another format would say nothing of the output.
+            texts[RECORD_NAME] = record_text(self.record, {} if self.made.export else result.checksums())
         return texts
 
     def check_disk(self, needed: int) -> None:
@@ -297,7 +297,8 @@ class Delivery:
         hub = self.request.hub
         place: object = (hub.repo_id, hub.revision, hub.create_pr) if hub is not None and self.streams else None
         place = self.request.store or place
-        digest = hashlib.sha256(f"{self.made.fingerprint}\0{self.record}\0{place}".encode())
+        record = record_text(self.record, {}) if self.record is not None else None
+        digest = hashlib.sha256(f"{self.made.fingerprint}\0{record}\0{place}".encode())
         for one in (*self.made.inputs, *self.copied):
             digest.update(repr(one.identity).encode())
         return digest.hexdigest()
@@ -330,10 +331,10 @@ class Delivery:
         return sum((self.made.output / name).stat().st_size for name in files)
 
 
-def _weights(made: MergePlan, measured: Measured) -> tuple[WeightFidelity, ...]:
+def _weights(made: MergePlan, noted: Noted) -> tuple[WeightFidelity, ...]:
     return tuple(
         WeightFidelity(tensor=name, relative_error=found.relative_error, kept=found.kept)
-        for name, found in fidelity_of(made, measured).items()
+        for name, found in fidelity_of(made, noted).items()
     )
 
 

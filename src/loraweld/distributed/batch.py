@@ -145,9 +145,10 @@ class Batch:
         known = [Outcome.from_json(dict(one.outcome)) for one in found.values() if one.outcome is not None]
         total = sum(file.num_bytes for file in self.delivery.made.weights)
         return RunResult(
+            work=self.work,
             made_bytes=total,
             resumed_bytes=0 if len(known) == len(found) else total,
-            measured=done,
+            noted=done,
             outcome=together(known),
         )
 

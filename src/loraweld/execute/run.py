@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loraweld.adapter.edits import PeftLayer
 from loraweld.checkpoint.reader import Reader
+from loraweld.execute.checksums import ItemChecksums, made_parts, tensor_checksums
 from loraweld.execute.items import Copies, Item, Stretch, encoded_items, stretches
 from loraweld.execute.kept import Piece, kept_pieces
 from loraweld.execute.outcome import Outcome
@@ -33,17 +34,17 @@ if TYPE_CHECKING:  # what imports torch is imported when there is work for it
 CHECKPOINT_BYTES = 256 << 20
 _LOOK_SECONDS = 0.5
 Progress = Callable[[int], None]
-# The items of a journal, by key, with what was measured while each was made.
-Measured = Mapping[str, Sequence[float]]
+# The items of a journal, by key, with the checksums of what each has made, and then the sums of its fidelity.
+Noted = Mapping[str, Sequence[float]]
 
 
 class JournalLike(Protocol):
     """What a run needs of a journal: the items of an earlier run, and a way to note more."""
 
     @property
-    def done(self) -> Measured: ...
+    def done(self) -> Noted: ...
 
-    def append(self, items: Measured) -> None: ...
+    def append(self, items: Noted) -> None: ...
 
 
 class Publisher(Protocol):
@@ -89,18 +90,23 @@ class Sink(WeightSink, Publisher, Copies, Protocol):
 class RunResult:
     """Bytes of weights that this run made, and those it found finished by an earlier one.
 
-    `measured`: of the finished items, by their keys. `outcome`: of what this run made.
+    `work`: what it was asked for. `noted`: of the finished items, by their keys. `outcome`: of what this run made.
     """
 
+    work: Sequence[Stretch]
     made_bytes: int
     resumed_bytes: int
-    measured: Measured
+    noted: Noted
     outcome: Outcome
 
     @property
     def is_whole(self) -> bool:
         """Whether this run made everything."""
         return not self.resumed_bytes
+
+    def checksums(self) -> dict[str, int]:
+        """Return the CRC-32 of each tensor that was made, if all of the merge was asked for."""
+        return tensor_checksums(itertools.chain.from_iterable(self.work), self.noted)
 
 
 Closing = Callable[[RunResult], Mapping[str, str]]
@@ -146,14 +152,14 @@ def complete_output(plan: MergePlan, sink: Publisher, texts: Mapping[str, str]) 
     sink.publish()
 
 
-def fidelity_of(plan: MergePlan, measured: Measured) -> dict[str, Fidelity]:
+def fidelity_of(plan: MergePlan, noted: Noted) -> dict[str, Fidelity]:
     """Return how true each weight is that was edited and encoded, by its name."""
     from loraweld.compute.fidelity import Fidelity
 
     return {
-        item.encoded.name: Fidelity(*values)
+        item.encoded.name: Fidelity(*sums)
         for item in encoded_items(plan)
-        if item.encoded is not None and (values := measured.get(item.key))
+        if item.encoded is not None and (sums := noted.get(item.key, ())[len(made_parts(item)) :])
     }
 
 
@@ -185,7 +191,7 @@ class _Run:
         self._computing = threading.Semaphore(os.cpu_count() or 1)
         self._files = _OpenFiles(work, sink, self._stop)
         self._checkpoint = _Checkpoint(sink)
-        self._measured: dict[str, Sequence[float]] = {}
+        self._noted: dict[str, Sequence[float]] = {}
         self._filler: Future[Filler]
         self._restore_threads: Callable[[], None] = lambda: None
 
@@ -202,12 +208,13 @@ class _Run:
         self._progress(resumed)
         for item in done:
             self._files.item_done(item)
-        self._measured = {item.key: journal[item.key] for item in done}
+        self._noted = {item.key: journal[item.key] for item in done}
         self._work(left if self._sink.files_at_once else sorted(left, key=lambda one: not one[0].is_kept))
         return RunResult(
+            work=self._stretches,
             made_bytes=sum(item.end - item.start for one in left for item in one),
             resumed_bytes=resumed,
-            measured=self._measured,
+            noted=self._noted,
             outcome=self._filler.result().outcome(),
         )
 
@@ -245,13 +252,13 @@ class _Run:
             self._stop.set()  # before this thread takes the next
             raise
         for item in stretch:
-            self._checkpoint.add(item, self._measured[item.key])
+            self._checkpoint.add(item, self._noted[item.key])
             self._files.item_done(item, finish=self._checkpoint.note_all)
             self._progress(item.end - item.start)
 
     def _write(self, stretch: Stretch) -> None:
         for item in stretch:
-            self._measured[item.key] = ()
+            self._noted[item.key] = ()
             if item.whole is not None:
                 self._sink.copy(item.file.name, item.whole)
             else:
@@ -261,20 +268,22 @@ class _Run:
 
     def _make(self, item: Item) -> None:
         """Compute and write the pieces of an item, one after the other."""
-        buffer = self._buffer()
+        buffer, checksums = self._buffer(), ItemChecksums(item)
         pieces = kept_pieces(item, buffer, self._reader) if item.is_kept else self._computed(item, buffer)
         while not self._stop.is_set():
             with self._computing:
                 piece = next(pieces, None)
             if piece is None:
+                self._noted[item.key] = (*checksums.values, *self._noted[item.key])
                 return
+            checksums.add(piece.offset, buffer[: piece.count])
             self._sink.write_at(item.file.name, piece.offset, buffer, piece.count)
         raise _Stopped
 
     def _computed(self, item: Item, buffer: memoryview) -> Iterator[Piece]:
         filler = self._filler.result()
         yield from filler.pieces(item, buffer, self._scratch())
-        self._measured[item.key] = filler.measured(item)
+        self._noted[item.key] = filler.measured(item)
 
     def _buffer(self) -> memoryview:
         """This thread's buffer, made once: fresh memory costs more than the arithmetic."""
@@ -349,9 +358,9 @@ class _Checkpoint:
         self._pending: list[tuple[Item, Sequence[float]]] = []
         self._bytes = 0
 
-    def add(self, item: Item, measured: Sequence[float]) -> None:
+    def add(self, item: Item, noted: Sequence[float]) -> None:
         with self._lock:
-            self._pending.append((item, measured))
+            self._pending.append((item, noted))
             self._bytes += item.end - item.start
             full = self._bytes >= CHECKPOINT_BYTES
         if full:
@@ -363,7 +372,7 @@ class _Checkpoint:
                 items, self._pending, self._bytes = self._pending, [], 0
             if items:
                 self._sink.make_durable({item.file.name for item, _ in items if item.whole is None})
-                self._sink.journal.append({item.key: measured for item, measured in items})
+                self._sink.journal.append({item.key: noted for item, noted in items})
 
 
 def _raise_first(futures: Iterable[Future[Any]]) -> None:

@@ -65,9 +65,7 @@ def _proof(facts: PageFacts, given: Given, progress: Progress) -> Proof:
 
     assert facts.model is not None
     started = time.monotonic()
-    opened, intended = open_sides(
-        facts.model.folder, facts.record, base=given.base, adapters=given.adapters, options=given.options
-    )
+    opened, intended = open_sides(facts.model.folder, base=given.base, adapters=given.adapters, options=given.options)
     report = verify_opened(opened, intended, sample=1.0, progress=progress, started=started)
     return Proof(report=report, base=intended.base)
 

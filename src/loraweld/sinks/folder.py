@@ -22,7 +22,7 @@ from pathlib import Path
 from loraweld.checkpoint.mounted import mounted
 from loraweld.errors import OutputError
 from loraweld.sinks import system
-from loraweld.sinks.journal import Journal, Measured, PartJournal, folder_number, read_journal
+from loraweld.sinks.journal import Journal, Noted, PartJournal, folder_number, read_journal
 
 _CLONED_NAME = "cloned"
 TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
@@ -219,7 +219,7 @@ def open_folder_sink(
             sink.close()
 
 
-def finish_published(target: Path, *, identity: str) -> Measured | None:
+def finish_published(target: Path, *, identity: str) -> Noted | None:
     """Return the items of this very merge if it was published by a run that was killed before it could clean up.
 
     Raises:

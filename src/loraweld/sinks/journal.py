@@ -1,8 +1,8 @@
 """The journal of a merge: which items are finished and durable, so that the same command continues.
 
 One line of JSON first: the merge's identity and the inode of the folder that holds its output. Whatever name that
-folder has by now, the journal speaks of it and of no other. Then one item per line, with what was measured while it
-was made. Lines are appended only after
+folder has by now, the journal speaks of it and of no other. Then one item per line, with the numbers that were noted
+of it. Lines are appended only after
 the bytes of their items are durable, so a line is never ahead of the data; a torn last line is ignored.
 """
 
@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-Measured = Mapping[str, Sequence[float]]
+Noted = Mapping[str, Sequence[float]]
 
 
 class Journal:
     """Appends finished items; knows those of an earlier run of the same merge."""
 
-    def __init__(self, file: BinaryIO, done: Measured) -> None:
+    def __init__(self, file: BinaryIO, done: Noted) -> None:
         self.done = done
         self._file = file
 
@@ -48,7 +48,7 @@ class Journal:
             file.seek(size)
         return cls(file, done)
 
-    def append(self, items: Measured) -> None:
+    def append(self, items: Noted) -> None:
         """Note items whose bytes are durable; returns when the note is."""
         self._file.write(b"".join(json.dumps(item).encode() + b"\n" for item in items.items()))
         _sync(self._file)
@@ -62,7 +62,7 @@ def folder_number(folder: Path) -> int:
     return folder.stat().st_ino if folder.is_dir() else 0
 
 
-def read_journal(path: Path) -> tuple[object, Measured, int]:
+def read_journal(path: Path) -> tuple[object, Noted, int]:
     """Return (first line, finished items, bytes of whole lines); the first line is None without a journal."""
     try:
         data = path.read_bytes()
@@ -101,7 +101,7 @@ class PartRecord:
     knows all of it.
     """
 
-    done: Measured = field(default_factory=dict)
+    done: Noted = field(default_factory=dict)
     outcome: Mapping[str, Any] | None = None
 
 
@@ -117,7 +117,7 @@ class PartJournal:
         self._identity = identity
         self._save = save
 
-    def append(self, items: Measured) -> None:
+    def append(self, items: Noted) -> None:
         """Note items whose bytes are durable; returns when the note is."""
         self.done = {**self.done, **items}
         self._write()
@@ -155,7 +155,7 @@ class NoJournal:
     """The journal of a run that writes nothing."""
 
     def __init__(self) -> None:
-        self.done: Measured = {}
+        self.done: Noted = {}
 
-    def append(self, items: Measured) -> None:
+    def append(self, items: Noted) -> None:
         """Note nothing."""

@@ -6,11 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from loraweld.checkpoint.base import CONFIG_NAME, Base
-from loraweld.checkpoint.jsonfile import read_json_object
 from loraweld.checkpoint.url import is_url
 from loraweld.dtypes import NAME_BY_FLOAT_CODE
 from loraweld.errors import RequestError
@@ -45,15 +43,8 @@ class Intended:
         return self.facts.twins
 
 
-def read_record(folder: Path) -> Mapping[str, Any]:
-    """Return loraweld.json of an output, {} if another tool made it."""
-    path = folder / RECORD_NAME
-    return read_json_object(path) if path.is_file() else {}
-
-
 def intend(
     opened: Opened,
-    record: Mapping[str, Any],
     *,
     base: PathLike | None,
     adapters: Sequence[PathLike],
@@ -64,6 +55,7 @@ def intend(
     Raises:
         LoraweldError: no adapter was given, or base and adapters cannot be merged at all.
     """
+    record = opened.record
     if not adapters:
         named = ", ".join(str(one.get("name")) for one in record.get("adapters") or ())
         raise RequestError(

@@ -15,15 +15,20 @@ from loraweld.checkpoint.mounted import exists, mounted_in
 from loraweld.checkpoint.stored import StoredTensor, read_safetensors
 from loraweld.dtypes import is_plain_float
 from loraweld.errors import CheckpointError, listing
+from loraweld.planning.merge_plan import RECORD_NAME
 from loraweld.verification.findings import Finding
 
 
 @dataclass(slots=True, kw_only=True)
 class Opened:
-    """The tensors of an output: `stored` as in its files, `tensors` as weights; `findings`: what is wrong so far."""
+    """The tensors of an output: `stored` as in its files, `tensors` as weights; `findings`: what is wrong so far.
+
+    `record` is its loraweld.json, {} if another tool made it.
+    """
 
     folder: Path
     config: Mapping[str, Any]
+    record: Mapping[str, Any] = field(default_factory=dict)
     stored: dict[str, StoredTensor] = field(default_factory=dict)
     tensors: Mapping[str, Source] = field(default_factory=dict)
     aside: tuple[str, ...] = ()
@@ -52,6 +57,7 @@ def open_output(folder: Path) -> Opened:
         raise CheckpointError("is not a folder; verify takes the folder of a merged model", path=folder)
     opened = Opened(folder=folder, config={})
     opened.config = _read_json(opened, CONFIG_NAME)
+    opened.record = _read_json(opened, RECORD_NAME)
     if holds_pickles(folder):
         base = open_base(folder)
         opened.stored, opened.tensors, opened.aside = dict(base.stored), base.tensors, base.aside

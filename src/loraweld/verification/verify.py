@@ -22,10 +22,11 @@ from loraweld.naming.tied import known_ties
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import PathLike
 from loraweld.verification.behaviour import Trial, check_packages, prepare_trial, run_trial
+from loraweld.verification.checksums import damaged
 from loraweld.verification.consistency import consistency
 from loraweld.verification.diagnosis import Candidate
 from loraweld.verification.findings import Finding, TensorResult, VerifyReport, lost_change_warnings
-from loraweld.verification.intended import Intended, intend, read_record
+from loraweld.verification.intended import Intended, intend
 from loraweld.verification.opened import Opened, open_output
 from loraweld.verification.prompts import read_prompts
 from loraweld.verification.values import Checker
@@ -70,7 +71,7 @@ def verify(
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     located = locate_base(os.fspath(output)) if is_url(os.fspath(output)) else None
     folder = located.folder if located else Path(output)
-    opened, intended = open_sides(folder, read_record(folder), base=base, adapters=adapters, options=options)
+    opened, intended = open_sides(folder, base=base, adapters=adapters, options=options)
     trial = prepare_trial(opened, intended, prompts) if prompts else None
     report = verify_opened(opened, intended, sample=sample, progress=progress, started=started)
     report = _tried(report, trial, started) if trial else report
@@ -79,7 +80,6 @@ def verify(
 
 def open_sides(
     folder: Path,
-    record: Mapping[str, Any],
     *,
     base: PathLike | None,
     adapters: Sequence[PathLike],
@@ -92,7 +92,7 @@ def open_sides(
     """
     opened = open_output(folder)
     try:
-        intended, findings = intend(opened, record, base=base, adapters=adapters, options=options)
+        intended, findings = intend(opened, base=base, adapters=adapters, options=options)
     except OSError as error:
         raise RequestError(f"{str(error.filename)[:200]}: {error.strerror}") from None
     opened.findings += findings
@@ -127,9 +127,15 @@ def verify_opened(
     run = _Verification(opened, intended, sample, progress or (lambda count: None))
     try:
         run.tensors()
+        changed_since = [*damaged(opened, run.reader)] if sample == 1 else []  # which takes all bytes
     finally:
         run.reader.close()
-    findings = [*opened.findings, *consistency(opened, intended.config, intended.base.folder), *run.findings]
+    findings = [
+        *opened.findings,
+        *consistency(opened, intended.config, intended.base.folder),
+        *run.findings,
+        *changed_since,
+    ]
     return VerifyReport(
         output=opened.folder,
         base=intended.base.label,
