@@ -78,7 +78,8 @@ def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many items and many checkpoints, in this process, for a small model."""
     monkeypatch.setattr(run, "CHECKPOINT_BYTES", scenes.CHECKPOINT_BYTES)
     monkeypatch.setattr(memory, "ITEM_BYTES", scenes.ITEM_BYTES)
-    monkeypatch.setattr(memory, "MIN_ITEM_BYTES", scenes.ITEM_BYTES)
+    monkeypatch.setattr(memory, "BUFFER_BYTES", scenes.BUFFER_BYTES)
+    monkeypatch.setattr(memory, "MIN_BUFFER_BYTES", scenes.BUFFER_BYTES)
 
 
 @pytest.fixture(scope="session")

@@ -119,7 +119,8 @@ def _merge(request: dict[str, Any]) -> dict[str, Any]:
     from loraweld.sinks import system
 
     run.CHECKPOINT_BYTES = request["checkpoint_bytes"]
-    memory.ITEM_BYTES = memory.MIN_ITEM_BYTES = request["item_bytes"]
+    memory.ITEM_BYTES = request["item_bytes"]
+    memory.BUFFER_BYTES = memory.MIN_BUFFER_BYTES = max(4096, request["item_bytes"] // 2)
     if not request["can_exchange"]:
         system.exchange = lambda one, other: False
     steps = _count_steps(request["kill_at_step"], all_calls=request["counts_reads_and_writes"])

@@ -12,8 +12,9 @@ from fakes import contents, llama_shapes, random_factors, random_tensors, write_
 from loraweld.report import MergeReport
 
 Files = dict[str, bytes]
-# Many items and many checkpoints for a small model.
+# Many items, each in several portions, and many checkpoints for a small model.
 ITEM_BYTES = 16 << 10
+BUFFER_BYTES = 8 << 10
 CHECKPOINT_BYTES = 32 << 10
 
 

@@ -63,7 +63,8 @@ def test_every_tensor_that_was_made_has_the_checksum_of_its_bytes(
 ) -> None:
     """Of those that were kept the record has none; how the work was cut does not show."""
     monkeypatch.setattr(memory, "ITEM_BYTES", item_bytes)
-    monkeypatch.setattr(memory, "MIN_ITEM_BYTES", min(item_bytes, memory.MIN_ITEM_BYTES))
+    for name in ("BUFFER_BYTES", "MIN_BUFFER_BYTES"):
+        monkeypatch.setattr(memory, name, min(item_bytes, getattr(memory, name)))
     loraweld.merge(inputs / "adapter", base=inputs / "base", output=inputs / "out", **WAYS[way])
     written, base = tensors_of(inputs / "out"), tensors_of(inputs / "base")
     found = recorded(inputs / "out")

@@ -366,7 +366,8 @@ def test_the_same_bytes_whatever_the_memory(size: int, tmp_path: Path, monkeypat
     trained("gpt_oss", base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=BOTH)
     loraweld.merge(tmp_path / "adapter", output=tmp_path / "one", base=base, workers=1)
     monkeypatch.setattr(memory, "ITEM_BYTES", size)
-    monkeypatch.setattr(memory, "MIN_ITEM_BYTES", size)
+    monkeypatch.setattr(memory, "BUFFER_BYTES", size)
+    monkeypatch.setattr(memory, "MIN_BUFFER_BYTES", size)
     loraweld.merge(tmp_path / "adapter", output=tmp_path / "other", base=base, workers=3)
     assert weights_of(tmp_path / "one").keys() == weights_of(tmp_path / "other").keys()
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (

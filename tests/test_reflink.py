@@ -70,7 +70,8 @@ def test_a_killed_merge_of_a_clone_continues(xfs: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(run, "CHECKPOINT_BYTES", 1 << 20)
     monkeypatch.setattr(memory, "ITEM_BYTES", 1 << 16)
-    monkeypatch.setattr(memory, "MIN_ITEM_BYTES", 1 << 16)
+    monkeypatch.setattr(memory, "BUFFER_BYTES", 1 << 14)
+    monkeypatch.setattr(memory, "MIN_BUFFER_BYTES", 1 << 14)
     shapes = llama_shapes(layers=4, hidden=512, intermediate=512, vocab=512)
     base = write_base(xfs / "base", random_tensors(shapes, torch.bfloat16), num_files=1)
     adapter = write_adapter(xfs / "adapter", random_factors({n: s for n, s in shapes.items() if "q_proj" in n}))

@@ -489,7 +489,7 @@ def test_planted_defects_are_found(defect: str, tmp_path: Path) -> None:
     plant, words = PLANTED[defect]
     plant(tmp_path)
     found = verify(tmp_path).findings
-    assert [finding.where for finding in found] == [NAME]
+    assert [(finding.check, finding.where) for finding in found] == [("value", NAME), ("checksum", NAME)]
     assert words in found[0].message
 
 

@@ -27,7 +27,7 @@ from loraweld.checkpoint import remote, url
 from loraweld.errors import CheckpointError, LoraweldError
 from processes import run_command, run_python
 from s3_server import SECRET, Store
-from scenes import CHECKPOINT_BYTES, ITEM_BYTES, Scene
+from scenes import BUFFER_BYTES, CHECKPOINT_BYTES, ITEM_BYTES, Scene
 
 TENSORS = {"model.layers.0.mlp.up_proj.weight": (64, 32), "lm_head.weight": (40, 32)}
 LAYER = {"model.layers.0.mlp.up_proj.weight": (64, 32)}
@@ -273,7 +273,8 @@ from loraweld.execute import run
 from loraweld.planning import memory
 
 run.CHECKPOINT_BYTES = {checkpoint}
-memory.ITEM_BYTES = memory.MIN_ITEM_BYTES = {item}
+memory.ITEM_BYTES = {item}
+memory.BUFFER_BYTES = memory.MIN_BUFFER_BYTES = {buffer}
 adapter, base, out, limit = sys.argv[1:]
 done = 0
 
@@ -294,7 +295,7 @@ def test_another_process_continues(
 ) -> None:
     """The temporary folder has another name there; what it stands for is the same."""
     script = tmp_path / "merge.py"
-    script.write_text(MERGE.format(checkpoint=CHECKPOINT_BYTES, item=ITEM_BYTES))
+    script.write_text(MERGE.format(checkpoint=CHECKPOINT_BYTES, item=ITEM_BYTES, buffer=BUFFER_BYTES))
     variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     if place == "s3":
         names = store.put("adapter", scene.adapter), store.put("base", scene.base)

@@ -193,13 +193,14 @@ class EditSession:
         self.note(out_nC, tile, self._wanted_of(top, bottom))
 
     def repairs(self) -> tuple[Ints, npt.NDArray[np.uint8]]:
-        """Return the elements in doubt: positions in the whole tensor, and the bytes they should have, one row each.
+        """Return the elements in doubt since the last call: places in the whole tensor, and their bytes, one row each.
 
-        All tiles of the session at once: a handful of elements in each would not be worth the calls.
+        Of many tiles at once: a handful of elements in each would not be worth the calls.
         """
         if not self._positions:
             return NONE, np.empty((0, 0), np.uint8)
         flat, values = np.concatenate(self._positions), torch.cat(self._bases).double().numpy()
+        self._positions, self._bases = [], []
         pieces = [slice(start, start + _EXACT_ELEMENTS) for start in range(0, len(flat), _EXACT_ELEMENTS)]
         exact = np.concatenate([self._exact(flat[piece], values[piece]) for piece in pieces])
         with self.named("elements in doubt"):

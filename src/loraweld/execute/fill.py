@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
 
 from loraweld.checkpoint.reader import Reader
-from loraweld.compute.editor import EditSession, Findings, Scratch, TensorEditor
+from loraweld.compute.editor import Findings, Scratch, TensorEditor
 from loraweld.compute.encoding import WeightEncoding
 from loraweld.compute.kernels import Ints
+from loraweld.execute.checksums import made_parts
 from loraweld.execute.items import Item
 from loraweld.execute.kept import Piece, fill_kept
 from loraweld.execute.outcome import Outcome
@@ -35,8 +37,7 @@ class Filler:
         if item.encoded is not None:
             yield from self._encode(item, item.encoded, buffer, scratch)
         else:
-            self._fill(item, buffer, scratch)
-            yield Piece(item.start, item.end - item.start)
+            yield from self._fill(item, buffer, scratch)
 
     def measured(self, item: Item) -> Sequence[float]:
         """Return the sums of the fidelity of a finished item, nothing if none was edited and encoded."""
@@ -60,12 +61,18 @@ class Filler:
         if recipe.edits:
             self._measured[item.key] = work.fidelity.sums
 
-    def _fill(self, item: Item, buffer: memoryview, scratch: Scratch) -> None:
-        """Write the bytes of a range of a file to the start of `buffer`: what is kept first, then the computed rows."""
-        fill_kept(item, buffer, self._reader)
-        for piece in item.placed:
-            if not piece.recipe.keeps_bytes and piece.recipe.num_bytes:
-                _PieceWriter(self._editor(piece.recipe), piece.offset, item, buffer, scratch).write()
+    def _fill(self, item: Item, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
+        """Fill the buffer again and again: with what is kept first, then the computed rows."""
+        writers: dict[str, _TensorWriter] = {}
+        for window in item.windows(len(buffer)):
+            data = buffer[: window.end - window.start]
+            fill_kept(window, data, self._reader)
+            for placed in made_parts(window):
+                name = placed.recipe.name
+                if name not in writers:
+                    writers[name] = _TensorWriter(self._editor(placed.recipe), placed.offset, item, scratch)
+                writers[name].write(window.start, data)
+            yield Piece(window.start, len(data))
 
     def outcome(self) -> Outcome:
         """Return what was found out so far."""
@@ -87,42 +94,69 @@ class Filler:
             return editor
 
 
-class _PieceWriter:
-    """Computes the part of one tensor that lies in one item."""
+class _TensorWriter:
+    """Computes the part of one tensor that lies in one item, for one window of it after the other."""
 
-    def __init__(self, editor: TensorEditor, offset: int, item: Item, buffer: memoryview, scratch: Scratch) -> None:
-        self._editor = editor
-        self._offset = offset - item.start  # of the tensor's first byte from the buffer's first
-        self._buffer = buffer[: item.end - item.start]
+    def __init__(self, editor: TensorEditor, offset: int, item: Item, scratch: Scratch) -> None:
+        self._offset = offset  # of the tensor's first byte in the file
+        self._row_bytes = editor.row_bytes
+        self._unit_bytes = editor.item_bytes
         self._scratch = scratch
+        first = max(0, item.start - offset) // editor.row_bytes
+        last = min(editor.recipe.rows, -(-(item.end - offset) // editor.row_bytes))
+        self._session = editor.session(first, last, scratch, only=True)
+        self._tiles = deque(self._session.tiles)
+        self._rest = _Bytes(0, memoryview(b""))  # of a tile that goes on in the next window
 
-    def write(self) -> None:
-        """Compute the tiles that overlap the item, each to its place in the buffer."""
-        editor = self._editor
-        first = max(0, -self._offset) // editor.row_bytes
-        last = min(editor.recipe.rows, -(-(len(self._buffer) - self._offset) // editor.row_bytes))
-        session = editor.session(first, last, self._scratch, only=True)
-        for top, bottom in session.tiles:
-            self._write_tile(session, top, bottom)
-        self._patch(*session.repairs())
+    def write(self, start: int, buffer: memoryview) -> None:
+        """Compute what lies in the window of the file that begins at `start`, each tile to its place in the buffer."""
+        window = _Bytes(start, buffer)
+        window.take(self._rest)
+        while self._tiles and self._place(self._tiles[0][0]) < window.end:
+            self._write_tile(window, *self._tiles.popleft())
+        self._repair(window)
 
-    def _write_tile(self, session: EditSession, top: int, bottom: int) -> None:
-        start = self._offset + top * self._editor.row_bytes
-        end = self._offset + bottom * self._editor.row_bytes
-        if 0 <= start and end <= len(self._buffer) and start % self._editor.item_bytes == 0:
-            session.compute(top, bottom, self._buffer[start:end])
+    def _write_tile(self, window: _Bytes, top: int, bottom: int) -> None:
+        start, end = self._place(top), self._place(bottom)
+        place = start - window.start
+        if place >= 0 and end <= window.end and place % self._unit_bytes == 0:
+            self._session.compute(top, bottom, window.data[place : end - window.start])
             return
-        made = self._scratch.out(end - start)
-        session.compute(top, bottom, made)
-        low, high = max(start, 0), min(end, len(self._buffer))
-        self._buffer[low:high] = made[low - start : high - start]
+        self._rest = _Bytes(start, self._scratch.out(end - start))
+        self._session.compute(top, bottom, self._rest.data)
+        self._repair(window, self._rest)
+        window.take(self._rest)
 
-    def _patch(self, flat: Ints, elements: npt.NDArray[np.uint8]) -> None:
-        """Overwrite single elements; byte by byte, since an item's border may cut one."""
-        if len(flat):
-            item = np.frombuffer(self._buffer, dtype=np.uint8)
-            size = elements.shape[1]
-            for byte in range(size):
-                places = self._offset + flat * size + byte
-                here = (places >= 0) & (places < len(item))
-                item[places[here]] = elements[here, byte]
+    def _repair(self, *places: _Bytes) -> None:
+        flat, elements = self._session.repairs()
+        for place in places if len(flat) else ():
+            place.put(self._offset + flat * self._unit_bytes, elements)
+
+    def _place(self, row: int) -> int:
+        """Return where a row of the tensor begins in the file."""
+        return self._offset + row * self._row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """Bytes of a file from `start` on, in memory."""
+
+    start: int
+    data: memoryview
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.data)
+
+    def take(self, other: _Bytes) -> None:
+        """Copy what the other has of these bytes."""
+        low, high = max(self.start, other.start), min(self.end, other.end)
+        if low < high:
+            self.data[low - self.start : high - self.start] = other.data[low - other.start : high - other.start]
+
+    def put(self, places: Ints, elements: npt.NDArray[np.uint8]) -> None:
+        """Overwrite elements at these places of the file; byte by byte, since a border may cut one."""
+        data = np.frombuffer(self.data, dtype=np.uint8)
+        for byte in range(elements.shape[1]):
+            here = (places + byte >= self.start) & (places + byte < self.end)
+            data[places[here] + byte - self.start] = elements[here, byte]

@@ -43,6 +43,10 @@ class Item:
         last = bisect_right(placed, self.end - 1, key=lambda p: p.offset)
         return [piece for piece in placed[first:last] if piece.end > self.start]
 
+    def windows(self, num_bytes: int) -> Iterator[Item]:
+        """Yield its bytes in order as items of at most `num_bytes`."""
+        return _ranges(self.file, self.start, self.end, num_bytes)
+
     @property
     def is_kept(self) -> bool:
         """Whether nothing here is computed: all bytes are those of the base."""

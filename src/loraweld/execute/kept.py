@@ -29,9 +29,10 @@ class _Run:
 
 
 def kept_pieces(item: Item, buffer: memoryview, reader: Reader) -> Iterator[Piece]:
-    """Yield the bytes of an item of which none is computed, in the start of `buffer`."""
-    fill_kept(item, buffer, reader)
-    yield Piece(item.start, item.end - item.start)
+    """Yield the bytes of an item of which none is computed in order, each time in the start of `buffer`."""
+    for window in item.windows(len(buffer)):
+        fill_kept(window, buffer, reader)
+        yield Piece(window.start, window.end - window.start)
 
 
 def fill_kept(item: Item, buffer: memoryview, reader: Reader) -> None:

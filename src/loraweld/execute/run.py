@@ -288,7 +288,7 @@ class _Run:
     def _buffer(self) -> memoryview:
         """This thread's buffer, made once: fresh memory costs more than the arithmetic."""
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(aligned_buffer(self._plan.item_bytes))
+            self._local.buffer = memoryview(aligned_buffer(self._plan.buffer_bytes))
         buffer: memoryview = self._local.buffer
         return buffer
 

@@ -91,6 +91,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         ),
         scratch=(*facts.adapters, *facts.given, facts.tokenizer, base.scratch),
         item_bytes=memory.item_bytes,
+        buffer_bytes=memory.buffer_bytes,
         workers=memory.workers,
         peak_memory_bytes=memory.peak_bytes,
         free_disk_bytes=free_bytes(request.output),

@@ -58,6 +58,7 @@ def plan_lora(request: MergeRequest) -> MergePlan:
         inputs=tuple(Input(adapter.weights, adapter.identity) for adapter in given),
         scratch=(adapter, *given, located),
         item_bytes=0,
+        buffer_bytes=0,
         workers=1,
         peak_memory_bytes=LIBRARY_BYTES,
         free_disk_bytes=free_bytes(request.output),

@@ -1,4 +1,4 @@
-"""How much memory a merge takes, from the plan alone; the budget decides how large a work item is."""
+"""How much memory a merge takes, from the plan alone; the budget decides how many threads and how large buffers are."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
 
+# What a thread takes on, and the journal notes. At its ends tiles are cut, which two items then compute.
 ITEM_BYTES = 1 << 25
-MIN_ITEM_BYTES = 1 << 20
+# An item is written in portions of this size, down to the least where the budget is small.
+BUFFER_BYTES = 1 << 23
+MIN_BUFFER_BYTES = 1 << 20
 # Python, torch and its thread pools, measured with torch 2.13 (CPU build): not part of the budget.
 LIBRARY_BYTES = 260 << 20
 # Rows are edited in tiles of about this many elements: large enough that the cost of calls does not show (half as many
@@ -44,15 +47,16 @@ CLIENT_BYTES = 40 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Size of a work item, items in flight, and the expected peak of the whole process."""
+    """Sizes of a work item and of a thread's buffer, items in flight, and the expected peak of the whole process."""
 
     item_bytes: int
+    buffer_bytes: int
     workers: int
     peak_bytes: int
 
 
 def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
-    """Choose item size and workers within the budget.
+    """Choose workers and buffers within the budget.
 
     Raises:
         RequestError: the budget cannot hold the smallest unit of work; names the tensor that needs more.
@@ -61,22 +65,23 @@ def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
     factors = max((_factor_bytes(recipe) for recipe in recipes), default=0)
     tile = max((_tile_bytes(recipe) for recipe in recipes if not recipe.keeps_bytes), default=0)
     workers = request.workers
-    while workers > 1 and matrix + workers * (MIN_ITEM_BYTES + factors + tile) > request.max_memory_bytes:
+    while workers > 1 and matrix + workers * (MIN_BUFFER_BYTES + factors + tile) > request.max_memory_bytes:
         workers -= 1
     left = request.max_memory_bytes - matrix - workers * (factors + tile)
-    if left < MIN_ITEM_BYTES:
-        needed = matrix + factors + tile + MIN_ITEM_BYTES
+    if left < MIN_BUFFER_BYTES:
+        needed = matrix + factors + tile + MIN_BUFFER_BYTES
         raise RequestError(
             f"max_memory is {request.max_memory_bytes} bytes, but tensor {matrix_name!r} needs {needed} at a time; "
             f"give --max-memory {needed // 10**6 + 1}MB"
         )
-    item = min(ITEM_BYTES, left // workers) & ~(MIN_ITEM_BYTES - 1)
+    buffer = min(BUFFER_BYTES, left // workers) & ~(MIN_BUFFER_BYTES - 1)
     return MemoryPlan(
-        item_bytes=item,
+        item_bytes=ITEM_BYTES,
+        buffer_bytes=buffer,
         workers=workers,
         peak_bytes=_library_bytes(recipes)
         + matrix
-        + workers * (item + factors + tile)
+        + workers * (buffer + factors + tile)
         + _network_bytes(request, workers),
     )
 

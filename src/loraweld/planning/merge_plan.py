@@ -247,6 +247,7 @@ class MergePlan:
     inputs: tuple[Input, ...]
     scratch: tuple[object, ...] = field(repr=False, compare=False)
     item_bytes: int
+    buffer_bytes: int
     workers: int
     peak_memory_bytes: int
     free_disk_bytes: int
