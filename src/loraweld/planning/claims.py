@@ -102,13 +102,15 @@ def _on_part(edit: Edit, split: Split, height: int) -> OnRows:
 class ClaimFinder:
     """Finds the claims of one adapter on `base`; `problems` collects what fits nothing."""
 
-    def __init__(self, base: Base, adapter: Adapter, ties: Sequence[Tie], *, expert_layout: str = "auto") -> None:
+    def __init__(
+        self, base: Base, names: Names, adapter: Adapter, ties: Sequence[Tie], *, expert_layout: str = "auto"
+    ) -> None:
         self.claims: list[Claim] = []
         self.problems: list[str] = []
         self._base = base
         self._adapter = adapter
-        self._names = Names(base.tensors, base.config)
-        self._experts = ExpertNames(base.tensors, self._names)
+        self._names = names
+        self._experts = ExpertNames(base.tensors, names)
         self._expert_layout = expert_layout
         self._ties = {tie.target: tie for tie in ties}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -178,15 +180,16 @@ class ClaimFinder:
             return []
         wrapped = wrapped_parameter(config, module, self._experts)
         if wrapped is not None:
+            parameter, pieces = wrapped
             pair = ExpertPair(
-                parameter=".".join(wrapped),
+                parameter=parameter,
                 a=a,
                 b=b,
                 config=config,
                 model_type=self._base.model_type,
                 layout=self._expert_layout,
             )
-            found = expert_edits(pair, self._experts.pieces(*wrapped), tensors)
+            found = expert_edits(pair, pieces, tensors)
         else:
             one = self._experts.one_expert(module)
             if one is None:
