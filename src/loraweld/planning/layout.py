@@ -26,9 +26,10 @@ class _Output:
 
 def keep_layout(base: Base, recipes: Sequence[Recipe]) -> tuple[WeightFile, ...]:
     """Files as the base has them: same names, same order; tensors the base does not have come last."""
-    by_name = {output.part.name: output for recipe in recipes for output in _outputs(recipe)}
+    outputs = [_outputs(recipe) for recipe in recipes]
+    by_name = {output.part.name: output for group in outputs for output in group}
     groups = [[o for t in file.tensors if t.name in by_name for o in _at(by_name[t.name])] for file in base.files]
-    groups[-1] += [output for output in by_name.values() if output.recipe.parts[0].name not in base.stored]
+    groups[-1] += [output for group in outputs if group[0].part.name not in base.stored for output in group]
     return tuple(_like(file, group) for file, group in zip(base.files, groups, strict=True) if group)
 
 

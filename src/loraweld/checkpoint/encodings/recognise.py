@@ -225,7 +225,7 @@ def _check_plain(tensors: Iterable[StoredTensor], settings: Settings, quantised:
     for tensor in tensors:
         plain = is_plain_float(tensor.dtype)
         codes = tensor.dtype in _CODE_DTYPES or (tensor.name.endswith(".weight") and not plain)
-        if codes or (_OF_CODES.fullmatch(tensor.name) and (quantised or not plain)):
+        if codes or ((quantised or not plain) and _OF_CODES.fullmatch(tensor.name)):
             method = settings.get("quant_method")
             raise CheckpointError(
                 f"tensor {tensor.name!r} ({tensor.dtype}) is part of a quantised weight that loraweld does not know"
