@@ -109,6 +109,7 @@ class ClaimFinder:
         self.problems: list[str] = []
         self._base = base
         self._adapter = adapter
+        self._label = adapter.label
         self._names = names
         self._experts = ExpertNames(base.tensors, names)
         self._expert_layout = expert_layout
@@ -132,7 +133,7 @@ class ClaimFinder:
         try:
             self.claims += step()
         except (MatchError, AdapterError) as error:
-            self.problems.append(f"{self._adapter.label}: {what}: {error}")
+            self.problems.append(f"{self._label}: {what}: {error}")
 
     def _whole(self, parameter: str, tensor: StoredTensor) -> list[Claim]:
         name, is_new = self._locate(parameter)
@@ -261,7 +262,7 @@ class ClaimFinder:
             self._collect(one.layer.module, partial(self._tuned_claims, one, layers, shared))
             shared = ()
         if shared:
-            self.problems.append(f"{self._adapter.label}: {', '.join(t.name for t in shared)}: no layer uses it")
+            self.problems.append(f"{self._label}: {', '.join(t.name for t in shared)}: no layer uses it")
 
     def _targets(self) -> dict[str, dict[str, StoredTensor]]:
         """The layers of an adapter whose file has nothing of them, as Uni-LoRA's: those that the config names."""
@@ -325,7 +326,7 @@ class ClaimFinder:
         edits: tuple[Edit, ...] = (),
     ) -> Claim:
         return Claim(
-            adapter=self._adapter.label,
+            adapter=self._label,
             owner=self._adapter.folder,
             module=module,
             name=name,

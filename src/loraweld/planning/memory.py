@@ -151,7 +151,8 @@ def _tile_bytes(recipe: Recipe) -> int:
     An edit with a weight has the rows without and with it, and their difference.
     """
     unit = recipe.encoding.unit_rows(recipe.shape) if recipe.encoding and recipe.is_encoded else 1
-    elements = max(TILE_ELEMENTS, tile_height(recipe.source.cols, unit) * recipe.source.cols)
+    cols = recipe.source.cols
+    elements = max(TILE_ELEMENTS, tile_height(cols, unit) * cols)
     decoding = isinstance(recipe.source, EncodedTensor | RequantisedTensor)
     codes = min(ITEM_BYTES, recipe.source.codes.num_bytes) if isinstance(recipe.source, EncodedTensor) else 0
     # A weight that is quantised on the way has its block scales in memory, twice in float32.

@@ -99,7 +99,8 @@ class Recipe:
     @property
     def rows(self) -> int:
         """Rows of the matrix view that the source has."""
-        return math.prod(self.shape) // max(1, self.source.cols) if self.source.cols else self.source.rows
+        cols = self.source.cols
+        return math.prod(self.shape) // cols if cols else self.source.rows
 
     @property
     def num_bytes(self) -> int:
