@@ -58,7 +58,8 @@ def recognise(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> 
         by_codes[weight.codes.name] = weight
         taken |= parts
     quantised = bool(settings or by_codes)
-    aside = [name for name in stored if name not in taken and quantised and _OF_RUNTIME.fullmatch(name)]
+    of_runtime = (name for name in stored if name not in taken and quantised and _OF_RUNTIME.fullmatch(name))
+    aside = dict.fromkeys(of_runtime)
     tensors: dict[str, Source] = {}
     for name, tensor in stored.items():
         if name in by_codes:
