@@ -45,7 +45,9 @@ def stored_file(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]
         for e in header.entries
     )
     file_bytes = len(raw) + header.entries[-1].end
-    return SafetensorsFile(path=FOLDER / name, header=header, file_bytes=file_bytes, tensors=tensors)
+    return SafetensorsFile(
+        path=FOLDER / name, file_bytes=file_bytes, tensors=tensors, description=raw, metadata=header.metadata
+    )
 
 
 def base_of(files: Sequence[SafetensorsFile], index: Mapping[str, object] | None = None) -> Base:
@@ -152,7 +154,7 @@ def test_an_unchanged_layout_keeps_every_header_byte(base: Base) -> None:
     """Names, order, padding and offsets are the base's; a file of which nothing changes is the base's file."""
     files = keep_layout(base, copies(base))
     check_files(files, copies(base))
-    assert [file.header for file in files] == [file.header.raw for file in base.files]
+    assert [file.header for file in files] == [file.description for file in base.files]
     assert [file.name for file in files] == [file.path.name for file in base.files]
     assert [file.same_as for file in files] == [file.path for file in base.files]
 
@@ -164,7 +166,7 @@ def test_an_edit_keeps_the_header_but_not_the_file(base: Base, data: st.DataObje
     chosen = data.draw(st.sampled_from(range(len(recipes))))
     recipes[chosen] = replace(recipes[chosen], kind="edit")
     files = keep_layout(base, recipes)
-    assert [file.header for file in files] == [file.header.raw for file in base.files]
+    assert [file.header for file in files] == [file.description for file in base.files]
     path = recipes[chosen].source.path
     assert [file.same_as for file in files] == [None if f.path == path else f.path for f in base.files]
 
@@ -180,7 +182,7 @@ def test_a_new_tensor_comes_last_and_data_keeps_its_alignment(base: Base, num_ro
         assert file.name == old.path.name
         pairs = zip(file.placed, old.tensors, strict=False)
         assert all((placed.offset - tensor.offset) % PAGE_BYTES == 0 for placed, tensor in pairs)
-        assert {**PT, **old.header.metadata} == parse_header(file.header, file.num_bytes).metadata
+        assert {**PT, **old.metadata} == parse_header(file.header, file.num_bytes).metadata
 
 
 @given(base=bases(), data=st.data())

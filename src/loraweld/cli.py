@@ -27,6 +27,7 @@ from loraweld.arguments import (
     add_telling,
 )
 from loraweld.errors import LoraweldError, RequestError, printable
+from loraweld.planning.collector import collector_paused
 from loraweld.request import MergeRequest, make_request
 
 
@@ -79,6 +80,11 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    with collector_paused():  # until the plan is gone again: printing it makes an object for each tensor too
+        _show_plan(arguments)
+
+
+def _show_plan(arguments: argparse.Namespace) -> None:
     from loraweld.api import save_plan
     from loraweld.execute.sizing import make_machines, size_plan
     from loraweld.preparation import plan_request

@@ -284,7 +284,7 @@ class Names:
     def __contains__(self, module: str) -> bool:
         if self._pattern is not None:
             return self._pattern.matches(module)
-        return any(end in self._ends for end in suffixes(module))
+        return bool(self._ends) and any(end in self._ends for end in suffixes(module))
 
 
 class LayerNumber:
@@ -326,6 +326,8 @@ class PatternTable:
 
     def first(self, module: str) -> str | None:
         """Return the first key that matches the end of `module`, from a dot or the start."""
+        if not self._keys:
+            return None
         starts = [0, *(place + 1 for place, letter in enumerate(module) if letter == ".")]
         best = min(self._plain_hits(module, set(starts)), default=len(self._keys))
         for number, pattern in self._patterns:

@@ -220,11 +220,9 @@ def _by_name(files: Iterable[StoredFile]) -> dict[str, StoredTensor]:
     return found
 
 
-def _check_index(weight_map: Mapping[str, object], tensors: Mapping[str, StoredTensor], path: Path) -> None:
+def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor], path: Path) -> None:
     wrong = [
-        f"{name}: {file}"
-        for name, file in weight_map.items()
-        if name not in tensors or tensors[name].path.name != PurePosixPath(str(file)).name
+        f"{name}: {file}" for name, file in weight_map.items() if name not in tensors or tensors[name].path.name != file
     ]
     if wrong:
         raise CheckpointError(f"names tensors that are not in the file it says:\n{listing(wrong)}", path=path)

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeGuard
 
 from loraweld.checkpoint.parsing import parse_json
@@ -72,7 +73,7 @@ def parse_header(raw: bytes, file_bytes: int) -> Header:
     """
     body = _json_object(raw[LENGTH_BYTES:])
     metadata = _metadata(body.pop("__metadata__", {}))
-    entries = sorted((_entry(name, value) for name, value in body.items()), key=lambda e: (e.start, e.end))
+    entries = sorted((_entry(name, value) for name, value in body.items()), key=attrgetter("start", "end"))
     _check_contiguous(entries, file_bytes - len(raw))
     return Header(entries=tuple(entries), metadata=metadata, data_start=len(raw), raw=raw)
 
@@ -131,7 +132,7 @@ def _entry(name: str, value: object) -> Entry:
             f"tensor {shortened(name)}: {dtype} {shortened(shape)} takes {expected} bytes, "
             f"data_offsets hold {offsets[1] - offsets[0]}"
         )
-    return Entry(name=name, dtype=dtype, shape=tuple(shape), start=offsets[0], end=offsets[1])
+    return Entry(name=name, dtype=DTYPES[dtype].code, shape=tuple(shape), start=offsets[0], end=offsets[1])
 
 
 def _is_counts(value: object) -> TypeGuard[list[int]]:

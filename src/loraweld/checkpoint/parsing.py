@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from loraweld.errors import shortened
@@ -18,6 +18,7 @@ MAX_DIGITS = 40  # more than any size, offset or id; a float has room for it
 MAX_VALUE_BYTES = 200_000_000  # Gemma's tokenizer.json, of 515,000 merges, takes about 150 MB
 # What a value costs in memory: CPython's sizes of a small object, a list and a dict with one entry.
 _COSTS = {b",": 64, b":": 64, b"[": 72, b"{": 232}
+_CONTAINERS = (dict, list)
 
 
 def parse_json(text: bytes, *, unique_names: bool = True) -> Any:
@@ -64,15 +65,13 @@ def _integer(digits: str) -> int:
 
 
 def _check_depth(value: object) -> None:
-    level = [value]
+    level = [value] if isinstance(value, _CONTAINERS) else []
     for _ in range(MAX_DEPTH + 1):
-        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, _CONTAINERS)]
         if not level:
             return
     raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
-def _inside(value: object) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value

@@ -70,22 +70,22 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsFile:
-    """One safetensors file, from its header alone; `identity` is that of what was read (see `file_identity`)."""
+    """One safetensors file; `description` is its header, which names and places its tensors.
+
+    `identity` is that of what was read (see `file_identity`).
+    """
 
     path: Path
-    header: Header
     file_bytes: int
     tensors: tuple[StoredTensor, ...]
+    description: bytes = field(repr=False)
+    metadata: Mapping[str, str]
     identity: Identity = ()
 
     @property
-    def description(self) -> bytes:
-        """What the file says of its tensors, as it says it."""
-        return self.header.raw
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return self.header.metadata
+    def data_start(self) -> int:
+        """The absolute offset of the first tensor's first byte."""
+        return len(self.description)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +137,14 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     except CheckpointError as error:
         raise error if error.path else CheckpointError(str(error), path=path) from None
     check_names((entry.name for entry in header.entries), path)
-    tensors = tuple(_tensors(path, header))
-    return SafetensorsFile(path=path, header=header, file_bytes=file_bytes, tensors=tensors, identity=identity)
+    return SafetensorsFile(
+        path=path,
+        file_bytes=file_bytes,
+        tensors=tuple(_tensors(path, header)),
+        description=header.raw,
+        metadata=header.metadata,
+        identity=identity,
+    )
 
 
 def check_names(names: Iterable[str], path: Path) -> None:

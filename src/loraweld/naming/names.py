@@ -23,10 +23,11 @@ class Names:
         rows = conversions(config)
         self._in_memory = trained_names(stored, rows)
         self._splits = split_names(stored, rows)
-        self._stored: dict[str, set[str]] = {name: {name} for name in stored}
+        self._stored = frozenset(stored)
+        self._on_disk: dict[str, list[str]] = {}
         for name, renamed in self._in_memory.items():
-            self._stored.setdefault(renamed, set()).add(name)
-        self._leading = sorted({name.partition(".")[0] for name in self._stored})
+            self._on_disk.setdefault(renamed, []).append(name)
+        self._leading = sorted({name.partition(".")[0] for name in (*self._stored, *self._on_disk)})
         self._paths = [part.path for part in parts(config) if part.path]
 
     def find(self, name: str) -> str | None:
@@ -35,9 +36,8 @@ class Names:
         Raises:
             MatchError: several stored tensors fit equally well.
         """
-        further = (self._other_prefixes(name), self._inner(name))
-        found = (self._one_of(name, candidates) for candidates in further)
-        return self.exact(name) or next(filter(None, found), None)
+        further = (self._one_of(name, candidates(name)) for candidates in (self._other_prefixes, self._inner))
+        return self.exact(name) or next(filter(None, further), None)
 
     def exact(self, name: str) -> str | None:
         """Return the stored tensor that answers to `name` itself, None if there is none.
@@ -58,13 +58,17 @@ class Names:
 
     def knows(self, part: str) -> bool:
         """Return whether any name has `part`, one component or more, between its dots."""
-        return any(f".{part}." in f".{name}." for name in self._stored)
+        return any(f".{part}." in f".{name}." for name in (*self._stored, *self._on_disk))
 
     def _one_of(self, name: str, candidates: Iterable[str]) -> str | None:
-        hits = sorted({hit for candidate in candidates for hit in self._stored.get(candidate, ())})
+        hits = {hit for candidate in candidates for hit in self._answering_to(candidate)}
         if len(hits) > 1:
-            raise MatchError(f"{name!r} fits several tensors of the base: {', '.join(hits)}")
-        return hits[0] if hits else None
+            raise MatchError(f"{name!r} fits several tensors of the base: {', '.join(sorted(hits))}")
+        return next(iter(hits), None)
+
+    def _answering_to(self, name: str) -> list[str]:
+        renamed = self._on_disk.get(name, [])
+        return [name, *renamed] if name in self._stored else renamed
 
     def _other_prefixes(self, name: str) -> Iterable[str]:
         return [name.partition(".")[2], *(f"{leading}.{name}" for leading in self._leading)]

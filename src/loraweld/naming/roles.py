@@ -21,6 +21,7 @@ _HEAD_BIAS_ENDS = _dotted(
     *("lm_head.bias", "predictions.bias", "predictions.decoder.bias", "lm_head.decoder.bias"),
     *("vocab_projector.bias", "generator_lm_head.bias"),
 )
+_ROW_PER_TOKEN_ENDS = (*_EMBEDDING_ENDS, *_HEAD_ENDS, *_HEAD_BIAS_ENDS)
 _TASK_HEADS = frozenset({"score", "classifier", "qa_outputs"})
 
 
@@ -36,7 +37,7 @@ def is_head_bias(name: str) -> bool:
 
 def has_row_per_token(name: str) -> bool:
     """True for input and output embeddings and the latter's bias."""
-    return is_embedding(name) or is_head_bias(name) or is_output_embedding(name)
+    return _ends(name, _ROW_PER_TOKEN_ENDS)
 
 
 def is_output_embedding(name: str) -> bool:

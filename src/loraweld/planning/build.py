@@ -47,9 +47,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
     base = facts.base
     adapters = [adapter for adapter in facts.given if adapter.weight]
     check_output(request, input_folders(base, facts.given, facts.tokenizer))
-    claims = fitting_claims(base, facts.adapters, facts.ties, expert_layout=request.expert_layout)
-    by_flag = flag_is_free(base.config)
-    resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors, by_flag=by_flag)
+    resolved, modules = _resolved(request, facts)
     check_ties_known(base, resolved.changes)
     check_shared_known(base, resolved.changes)
     tokenizers = _tokenizers(facts, adapters)
@@ -73,7 +71,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         dtype=dtype,
         weights=weights,
         small=(*config, *index_file(base, weights), *companions),
-        modules=tuple(_line(claim) for claim in claims),
+        modules=modules,
         notes=(
             *facts.notes,
             *tie_notes(resolved.untied),
@@ -99,6 +97,15 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         rounding_seed=seed,
         store=request.store and shown(request.store),
     )
+
+
+def _resolved(request: MergeRequest, facts: Facts) -> tuple[Resolved, tuple[ModuleLine, ...]]:
+    """What changes in which tensor, and what the report says of it."""
+    base = facts.base
+    claims = fitting_claims(base, facts.adapters, facts.ties, expert_layout=request.expert_layout)
+    by_flag = flag_is_free(base.config)
+    resolved = resolve_ties(combine_claims(claims), facts.ties, base.tensors, by_flag=by_flag)
+    return resolved, tuple(_line(claim) for claim in claims)
 
 
 def _weights(request: MergeRequest, base: Base, output: EncodedOutput) -> tuple[WeightFile, ...]:

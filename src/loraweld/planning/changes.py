@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,23 +68,30 @@ def combine_claims(claims: Sequence[Claim]) -> dict[str, Change]:
             owners[claim.name] = claim.owner
         elif not same_values(change.replacement, claim.replacement):
             problems.append(f"{claim.name}: {owners[claim.name]} and {claim.owner} replace it differently")
+    by_name = _by_name(acting)
     for change in changes.values():
         for what in _contradictions(change):
-            editors = dict.fromkeys(claim.adapter for claim in acting if claim.name == change.name and claim.edits)
+            editors = dict.fromkeys(claim.adapter for claim in by_name[change.name] if claim.edits)
             problems.append(f"{change.name}: {', '.join(editors)} {what}")
-    problems += _shared_in_part(acting)
+    problems += _shared_in_part(by_name)
     if problems:
         raise MatchError(f"the adapters contradict each other:\n{listing(problems)}\nMerge them one by one")
     return changes
 
 
-def _shared_in_part(claims: Sequence[Claim]) -> list[str]:
-    """Tensors that an adapter replaces with a weight other than 1, and another one changes too."""
+def _by_name(claims: Iterable[Claim]) -> dict[str, list[Claim]]:
     by_name: dict[str, list[Claim]] = {}
     for claim in claims:
         by_name.setdefault(claim.name, []).append(claim)
+    return by_name
+
+
+def _shared_in_part(by_name: Mapping[str, Sequence[Claim]]) -> list[str]:
+    """Tensors that an adapter replaces with a weight other than 1, and another one changes too."""
     problems = []
     for name, found in by_name.items():
+        if len(found) == 1:
+            continue
         in_part = [claim for claim in found if any(isinstance(e, Weighted) and e.replaces for e in claim.edits)]
         if in_part and (len(in_part) > 1 or any(claim.owner != in_part[0].owner for claim in found)):
             names = ", ".join(dict.fromkeys(claim.adapter for claim in found))
@@ -100,8 +107,8 @@ def _contradictions(change: Change) -> list[str]:
     deltas = [edit.delta if isinstance(edit, Dora) else edit for edit in unwrapped(change.edits)]
     rows = {edit.num_rows for edit in deltas if isinstance(edit, LowRank)}  # not those of parts of a tensor
     rows |= {change.replacement.rows} if change.replacement and rows else set()
-    tokens = Counter(index for edit in deltas if isinstance(edit, ReplaceRows) for index in edit.indices)
-    twice = sorted(token for token, count in tokens.items() if count > 1)
+    tokens = [index for edit in deltas if isinstance(edit, ReplaceRows) for index in edit.indices]
+    twice = sorted(token for token, count in Counter(tokens).items() if count > 1) if tokens else []
     problems = [f"were trained with different numbers of rows: {sorted(rows)}"] if len(rows) > 1 else []
     if any(isinstance(edit, PeftLayer) and edit.needs_base for edit in unwrapped(change.edits[1:])):
         problems.append("hang on the weight's own values and are merged by PEFT's layer: such an adapter comes first")

@@ -102,13 +102,16 @@ def _on_part(edit: Edit, split: Split, height: int) -> OnRows:
 class ClaimFinder:
     """Finds the claims of one adapter on `base`; `problems` collects what fits nothing."""
 
-    def __init__(self, base: Base, adapter: Adapter, ties: Sequence[Tie], *, expert_layout: str = "auto") -> None:
+    def __init__(
+        self, base: Base, names: Names, adapter: Adapter, ties: Sequence[Tie], *, expert_layout: str = "auto"
+    ) -> None:
         self.claims: list[Claim] = []
         self.problems: list[str] = []
         self._base = base
         self._adapter = adapter
-        self._names = Names(base.tensors, base.config)
-        self._experts = ExpertNames(base.tensors, self._names)
+        self._label = adapter.label
+        self._names = names
+        self._experts = ExpertNames(base.tensors, names)
         self._expert_layout = expert_layout
         self._ties = {tie.target: tie for tie in ties}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -130,7 +133,7 @@ class ClaimFinder:
         try:
             self.claims += step()
         except (MatchError, AdapterError) as error:
-            self.problems.append(f"{self._adapter.label}: {what}: {error}")
+            self.problems.append(f"{self._label}: {what}: {error}")
 
     def _whole(self, parameter: str, tensor: StoredTensor) -> list[Claim]:
         name, is_new = self._locate(parameter)
@@ -178,15 +181,16 @@ class ClaimFinder:
             return []
         wrapped = wrapped_parameter(config, module, self._experts)
         if wrapped is not None:
+            parameter, pieces = wrapped
             pair = ExpertPair(
-                parameter=".".join(wrapped),
+                parameter=parameter,
                 a=a,
                 b=b,
                 config=config,
                 model_type=self._base.model_type,
                 layout=self._expert_layout,
             )
-            found = expert_edits(pair, self._experts.pieces(*wrapped), tensors)
+            found = expert_edits(pair, pieces, tensors)
         else:
             one = self._experts.one_expert(module)
             if one is None:
@@ -258,7 +262,7 @@ class ClaimFinder:
             self._collect(one.layer.module, partial(self._tuned_claims, one, layers, shared))
             shared = ()
         if shared:
-            self.problems.append(f"{self._adapter.label}: {', '.join(t.name for t in shared)}: no layer uses it")
+            self.problems.append(f"{self._label}: {', '.join(t.name for t in shared)}: no layer uses it")
 
     def _targets(self) -> dict[str, dict[str, StoredTensor]]:
         """The layers of an adapter whose file has nothing of them, as Uni-LoRA's: those that the config names."""
@@ -322,7 +326,7 @@ class ClaimFinder:
         edits: tuple[Edit, ...] = (),
     ) -> Claim:
         return Claim(
-            adapter=self._adapter.label,
+            adapter=self._label,
             owner=self._adapter.folder,
             module=module,
             name=name,

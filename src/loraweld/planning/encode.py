@@ -178,14 +178,17 @@ def _skipped(request: MergeRequest, recipes: Sequence[Recipe], chosen: set[str],
     if missing:
         raise RequestError(f"skip_modules names what no module of the base ends or begins with:\n{listing(missing)}")
     encoded = [_module(name) for name in chosen]
-    found: dict[str, None] = dict.fromkeys(request.skip_modules)
-    for module in modules:
-        if is_expert(f"{module}."):
-            end = EXPERTS
-        else:
-            end = ".".join(module.split(".")[-2:] if "." in module and _has_number(module) else module.split(".")[-1:])
-        found[module if any(other.endswith(end) for other in encoded) else end] = None
-    return list(found)
+    ends = {module: _end(module) for module in modules}
+    taken = {end for end in set(ends.values()) if any(module.endswith(end) for module in encoded)}
+    names = (module if end in taken else end for module, end in ends.items())
+    return list(dict.fromkeys([*request.skip_modules, *names]))
+
+
+def _end(module: str) -> str:
+    """The end of a path that modules of its kind share in all layers."""
+    if is_expert(f"{module}."):
+        return EXPERTS
+    return ".".join(module.split(".")[-2:] if "." in module and _has_number(module) else module.split(".")[-1:])
 
 
 def _has_number(module: str) -> bool:

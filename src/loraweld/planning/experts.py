@@ -37,8 +37,8 @@ class ExpertPair:
     layout: str  # "auto", "standard" or "swapped"
 
 
-def wrapped_parameter(config: AdapterConfig, module: str, experts: ExpertNames) -> tuple[str, str] | None:
-    """Return (module, parameter) that an adapted parameter's pair belongs to, None if the base has no such experts.
+def wrapped_parameter(config: AdapterConfig, module: str, experts: ExpertNames) -> tuple[str, list[Piece]] | None:
+    """Return the path of the parameter that a pair belongs to, and its tensors; None if the base has no such experts.
 
     Several parameters of a module are wrapped one into the other, the first one innermost: its keys have the most
     `base_layer` in them.
@@ -51,12 +51,13 @@ def wrapped_parameter(config: AdapterConfig, module: str, experts: ExpertNames) 
         stem = stem.removesuffix(_WRAPPER)
     depth = (len(module) - len(stem)) // len(_WRAPPER)
     targets = [name for name in PARAMETERS if _is_target(config, f"{stem}.{name}")]
-    wanted = [name for name in targets if experts.pieces(stem, name)]
+    wanted = {name: pieces for name in targets if (pieces := experts.pieces(stem, name))}
     if not wanted:
         return None
     if depth >= len(wanted):
         raise AdapterError(f"is wrapped {depth + 1} times, target_parameters names {', '.join(wanted)} of this module")
-    return stem, wanted[len(wanted) - 1 - depth]
+    name = list(wanted)[len(wanted) - 1 - depth]
+    return f"{stem}.{name}", wanted[name]
 
 
 def _is_target(config: AdapterConfig, path: str) -> bool:
@@ -76,12 +77,14 @@ def expert_edits(pair: ExpertPair, pieces: list[Piece], tensors: Mapping[str, So
 
 
 def _fused(pair: ExpertPair, name: str, stored: Source) -> list[tuple[str, Edit]]:
-    if len(stored.shape) != 3:
+    if len(stored.shape) != 3 or not stored.shape[0]:
         raise MatchError(f"{name!r} is {stored.shape}, expected (experts, rows, columns)")
     experts, rows, cols = stored.shape
     whole = _Side(b=pair.b, transposed=_is_transposed(pair, (rows, cols)))
+    scaling = _scaling(pair, experts)
     return [
-        (name, OnRows(edit=_one(pair, e, experts, whole), start=e * rows, stop=(e + 1) * rows)) for e in range(experts)
+        (name, OnRows(edit=_delta(factors, whole, scaling), start=e * rows, stop=(e + 1) * rows))
+        for e, factors in enumerate(_factors(pair, experts))
     ]
 
 
@@ -92,13 +95,14 @@ def _split(pair: ExpertPair, pieces: list[Piece], tensors: Mapping[str, Source])
     outputs, inputs = tensors[pieces[0].name].shape
     transposed = _is_transposed(pair, (outputs * parts, inputs))
     sides = [_side(pair, part * outputs, (part + 1) * outputs, transposed=transposed) for part in range(parts)]
+    scaling, factors = _scaling(pair, experts), _factors(pair, experts)
     edits: list[tuple[str, Edit]] = []
     for piece in pieces:
         shape = tensors[piece.name].shape
         if shape != (outputs, inputs):
             raise MatchError(f"{piece.name!r} is {shape}, other experts are {(outputs, inputs)}")
         assert piece.expert is not None
-        edits.append((piece.name, _one(pair, piece.expert, experts, sides[piece.part])))
+        edits.append((piece.name, _delta(factors[piece.expert], sides[piece.part], scaling)))
     return edits
 
 
@@ -117,16 +121,26 @@ def _side(pair: ExpertPair, start: int, stop: int, *, transposed: bool) -> _Side
     return _Side(b=pair.b.part(start, stop), transposed=False)
 
 
-def _one(pair: ExpertPair, expert: int, experts: int, side: _Side) -> LowRank:
+def _factors(pair: ExpertPair, experts: int) -> list[tuple[StoredTensor, Columns]]:
+    """The rows of A, and which columns of B, that each expert has; the parts of an expert share them."""
+    rank, cols = _rank(pair, experts), pair.b.cols
+    return [(pair.a.part(e * rank, (e + 1) * rank), Columns(start=e, stop=cols, step=experts)) for e in range(experts)]
+
+
+def _scaling(pair: ExpertPair, experts: int) -> float:
+    return pair.config.scaling(pair.parameter, _rank(pair, experts))
+
+
+def _delta(factors: tuple[StoredTensor, Columns], side: _Side, scaling: float) -> LowRank:
     """The delta of one expert, of some of the rows of the stored matrix."""
-    rank = _rank(pair, experts)
+    a, b_columns = factors
     return LowRank(
-        a=pair.a.part(expert * rank, (expert + 1) * rank),
+        a=a,
         b=side.b,
-        scaling=pair.config.scaling(pair.parameter, rank),
+        scaling=scaling,
         transposed=side.transposed,
         a_columns=side.a_columns,
-        b_columns=Columns(start=expert, stop=side.b.cols, step=experts),
+        b_columns=b_columns,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from loraweld.adapter.files import Adapter
 from loraweld.checkpoint.base import Base
 from loraweld.errors import MatchError, listing
+from loraweld.naming.names import Names
 from loraweld.naming.tied import Tie
 from loraweld.planning.claims import Claim, ClaimFinder
 from loraweld.planning.completeness import check_completeness
@@ -21,12 +22,13 @@ def fitting_claims(
     Raises:
         MatchError: a tensor has no place, or something is missing that was trained.
     """
+    names = Names(base.tensors, base.config)
     claims: list[Claim] = []
     problems: list[str] = []
     for adapter in adapters:
-        finder = ClaimFinder(base, adapter, ties, expert_layout=expert_layout)
+        finder = ClaimFinder(base, names, adapter, ties, expert_layout=expert_layout)
         finder.find()
-        found = finder.problems or check_completeness(base, adapter, finder.claims, ties)
+        found = finder.problems or check_completeness(base, names, adapter, finder.claims, ties)
         problems += found
         claims += weigh_claims(adapter, finder.claims, base.tensors, ties) if not found else ()
     if problems:

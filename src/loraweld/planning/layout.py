@@ -26,9 +26,10 @@ class _Output:
 
 def keep_layout(base: Base, recipes: Sequence[Recipe]) -> tuple[WeightFile, ...]:
     """Files as the base has them: same names, same order; tensors the base does not have come last."""
-    by_name = {output.part.name: output for recipe in recipes for output in _outputs(recipe)}
+    outputs = [_outputs(recipe) for recipe in recipes]
+    by_name = {output.part.name: output for group in outputs for output in group}
     groups = [[o for t in file.tensors if t.name in by_name for o in _at(by_name[t.name])] for file in base.files]
-    groups[-1] += [output for output in by_name.values() if output.recipe.parts[0].name not in base.stored]
+    groups[-1] += [output for group in outputs if group[0].part.name not in base.stored for output in group]
     return tuple(_like(file, group) for file, group in zip(base.files, groups, strict=True) if group)
 
 
@@ -87,23 +88,22 @@ def _at(output: _Output) -> list[_Output]:
 def _like(file: StoredFile, outputs: Sequence[_Output]) -> WeightFile:
     """A file with the name, the metadata and the data alignment of `file`."""
     assert isinstance(file, SafetensorsFile)
-    header = file.header
     same_entries = [(o.part.name, o.part.dtype, o.part.shape) for o in outputs] == [
         (t.name, t.dtype, t.shape) for t in file.tensors
     ]
-    if same_entries and "format" in header.metadata:
-        placed = _place(outputs, header.data_start)
+    if same_entries and "format" in file.metadata:
+        placed = _place(outputs, file.data_start)
         stays = all(not p.recipe.keeps_bytes or (p.kept.path, p.kept.offset) == (file.path, p.offset) for p in placed)
         untouched = stays and all(piece.recipe.keeps_bytes for piece in placed)
         return WeightFile(
             name=file.path.name,
-            header=header.raw,
+            header=file.description,
             placed=placed,
             same_as=file.path if untouched else None,
             like=file.path if stays and placed[-1].end == file.file_bytes else None,
         )
-    metadata = {"format": "pt", **header.metadata}
-    return _weight_file(file.path.name, outputs, metadata, align_to=header.data_start % PAGE_BYTES)
+    metadata = {"format": "pt", **file.metadata}
+    return _weight_file(file.path.name, outputs, metadata, align_to=file.data_start % PAGE_BYTES)
 
 
 def _weight_file(name: str, outputs: Sequence[_Output], metadata: dict[str, str], *, align_to: int) -> WeightFile:

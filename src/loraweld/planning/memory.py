@@ -43,6 +43,7 @@ FROD_COPIES = 18
 PEFT_LIBRARY_BYTES = 200 << 20
 # A client of an object store with what it imports, measured with s3fs 2026.9.
 CLIENT_BYTES = 40 << 20
+_FACTORED = (LowRank, Dora, Residual, SingularValues, Hadamard)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +120,9 @@ def _matrix_bytes(edit: Edit, source: Source) -> int:
 
 def _factor_bytes(recipe: Recipe) -> int:
     """Float32 factors of a recipe: the side along the columns whole, the other for one item's rows."""
-    parts = [edit for edit in unwrapped(recipe.edits) if isinstance(edit, OnRows)]
-    whole = sum(_side_bytes(edit, recipe) for edit in unwrapped(recipe.edits) if not isinstance(edit, OnRows))
+    edits = list(unwrapped(recipe.edits))
+    parts = [edit for edit in edits if isinstance(edit, OnRows)]
+    whole = sum(_side_bytes(edit, recipe) for edit in edits if not isinstance(edit, OnRows))
     if not parts:
         return whole
     # Of the parts, as many are loaded as an item's rows touch.
@@ -136,7 +138,7 @@ def _item_rows(recipe: Recipe) -> int:
 def _side_bytes(edit: Edit, recipe: Recipe) -> int:
     if isinstance(edit, PeftLayer):
         return 2 * 4 * recipe.source.rows * recipe.source.cols  # of the merged weight, which tiles are taken from
-    if not isinstance(edit, LowRank | Dora | Residual | SingularValues | Hadamard):
+    if not isinstance(edit, _FACTORED):
         return 0
     pairs = 2 if isinstance(edit, Hadamard) else 1
     return 4 * edit.rank * (recipe.source.cols + _item_rows(recipe)) * pairs
@@ -154,7 +156,8 @@ def _tile_bytes(recipe: Recipe) -> int:
     An edit with a weight has the rows without and with it, and their difference.
     """
     unit = recipe.encoding.unit_rows(recipe.shape) if recipe.encoding and recipe.is_encoded else 1
-    elements = max(TILE_ELEMENTS, tile_height(recipe.source.cols, unit) * recipe.source.cols)
+    cols = recipe.source.cols
+    elements = max(TILE_ELEMENTS, tile_height(cols, unit) * cols)
     decoding = isinstance(recipe.source, EncodedTensor | RequantisedTensor)
     codes = min(ITEM_BYTES, recipe.source.codes.num_bytes) if isinstance(recipe.source, EncodedTensor) else 0
     # A weight that is quantised on the way has its block scales in memory, twice in float32.

@@ -99,7 +99,8 @@ class Recipe:
     @property
     def rows(self) -> int:
         """Rows of the matrix view that the source has."""
-        return math.prod(self.shape) // max(1, self.source.cols) if self.source.cols else self.source.rows
+        cols = self.source.cols
+        return math.prod(self.shape) // cols if cols else self.source.rows
 
     @property
     def num_bytes(self) -> int:
@@ -311,13 +312,9 @@ class MergePlan:
     @cached_property
     def bytes_read(self) -> int:
         """Bytes of sources and edits, each counted once."""
-        refs = {
-            (ref.path, ref.offset): ref.num_bytes
-            for recipe in self.recipes
-            for edit in recipe.edits
-            for ref in edit.refs
-        }
-        return sum(recipe.source.stored_bytes for recipe in self.recipes) + sum(refs.values())
+        refs = {(ref.path, ref.offset): ref for recipe in self.recipes for edit in recipe.edits for ref in edit.refs}
+        sources = sum(recipe.source.stored_bytes for recipe in self.recipes)
+        return sources + sum(ref.num_bytes for ref in refs.values())
 
     @cached_property
     def recipes_by_kind(self) -> Mapping[str, int]:

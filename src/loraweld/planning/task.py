@@ -31,7 +31,7 @@ def find_task(adapters: Iterable[Adapter], changes: Mapping[str, Change]) -> Tas
     heads = [
         change.replacement
         for name, change in changes.items()
-        if name.endswith(".weight") and is_task_head(name) and change.replacement
+        if change.replacement and name.endswith(".weight") and is_task_head(name)
     ]
     suffix = suffixes.pop() if len(suffixes) == 1 else None
     return Task(class_suffix=suffix, num_labels=heads[-1].rows) if suffix and heads else None

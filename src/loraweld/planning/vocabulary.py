@@ -19,8 +19,10 @@ def grow_to_tokenizer(base: Base, changes: dict[str, Change], needed: int | None
     Raises:
         MatchError: rows are missing where they cannot be added (a trained embedding, a head with a bias).
     """
-    short = [name for name in _vocabulary_tensors(base, changes) if _rows(base, changes, name) < (needed or 0)]
-    if not short or needed is None:
+    if needed is None:
+        return []
+    short = [name for name in _vocabulary_tensors(base, changes) if _rows(base, changes, name) < needed]
+    if not short:
         return []
     for name in short:
         change = changes.setdefault(name, Change(name=name))
@@ -54,6 +56,8 @@ def check_shared_known(base: Base, changes: Mapping[str, Change]) -> None:
     Raises:
         MatchError: one of them changes, in a model whose config does not say that nothing is tied.
     """
+    if base.has_layout:
+        return  # the tensors of a safetensors file lie one after the other, none in the place of another
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in base.tensors.items():
         if isinstance(tensor, StoredTensor) and tensor.num_bytes:

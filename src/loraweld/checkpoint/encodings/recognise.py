@@ -58,7 +58,8 @@ def recognise(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> 
         by_codes[weight.codes.name] = weight
         taken |= parts
     quantised = bool(settings or by_codes)
-    aside = [name for name in stored if name not in taken and quantised and _OF_RUNTIME.fullmatch(name)]
+    of_runtime = (name for name in stored if name not in taken and quantised and _OF_RUNTIME.fullmatch(name))
+    aside = dict.fromkeys(of_runtime)
     tensors: dict[str, Source] = {}
     for name, tensor in stored.items():
         if name in by_codes:
@@ -225,7 +226,7 @@ def _check_plain(tensors: Iterable[StoredTensor], settings: Settings, quantised:
     for tensor in tensors:
         plain = is_plain_float(tensor.dtype)
         codes = tensor.dtype in _CODE_DTYPES or (tensor.name.endswith(".weight") and not plain)
-        if codes or (_OF_CODES.fullmatch(tensor.name) and (quantised or not plain)):
+        if codes or ((quantised or not plain) and _OF_CODES.fullmatch(tensor.name)):
             method = settings.get("quant_method")
             raise CheckpointError(
                 f"tensor {tensor.name!r} ({tensor.dtype}) is part of a quantised weight that loraweld does not know"
