@@ -19,7 +19,7 @@ from loraweld.checkpoint.reader import Reader
 from loraweld.compute.tensors import read_flat, torch_dtype
 
 _PIECE_ELEMENTS = 1 << 16
-_DEVICE_PIECE_ELEMENTS = 1 << 22  # as many as a tile has: a call costs more than what an accelerator keeps near
+_DEVICE_PIECE_ELEMENTS = 1 << 20  # a tile at once: an accelerator waits for calls, not for its memory
 
 
 def piece_blocks(blocksize: int, device: torch.device) -> int:
