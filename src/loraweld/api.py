@@ -27,7 +27,7 @@ from loraweld.planning.facts import Facts
 from loraweld.planning.merge_plan import MergePlan
 from loraweld.preparation import plan_request
 from loraweld.report import MergeReport
-from loraweld.request import AS_GIVEN, MergeRequest, PathLike, make_request
+from loraweld.request import AS_GIVEN, CPU, MergeRequest, PathLike, make_request
 
 
 def plan(adapter: PathLike | Sequence[PathLike], *, output: PathLike | None = None, **options: Any) -> MergePlan:
@@ -81,6 +81,7 @@ def merge(
     verify: bool = False,
     executor: str = "local",
     ray_address: str | None = None,
+    device: str = CPU,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge one or more adapters into their base and write one standalone model to the folder `output`.
@@ -134,6 +135,8 @@ def merge(
             refuse to publish what does not hold.
         executor: "local" for this process, "ray" for the tasks of a Ray cluster; the bytes are the same.
         ray_address: of the cluster; None takes the one of RAY_ADDRESS, or starts one on this machine.
+        device: where weights are quantised and decomposed: "cpu", "cuda", "cuda:N", "mps" or "xpu"; all else, rows in
+            16 bit too, is computed on the CPU.
         progress: called from any thread with the number of weight bytes that became ready.
 
     Raises:
@@ -179,6 +182,7 @@ def merge(
         verify=verify,
         executor=executor,
         ray_address=ray_address,
+        device=device,
     )
     return merge_request(request, progress=progress or (lambda count: None))
 

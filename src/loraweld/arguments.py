@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from loraweld.combine.methods import COMBINE_METHODS, MAJORITY_SIGN_METHODS
-from loraweld.request import AS_GIVEN, DTYPES, NEAREST, QUANT_TYPES, ROUNDINGS
+from loraweld.request import AS_GIVEN, CPU, DEVICES, DTYPES, NEAREST, QUANT_TYPES, ROUNDINGS
 from loraweld.save_methods import SAVE_METHODS
 
 
@@ -96,6 +96,13 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the merge may allocate, besides about 250 MB for Python and torch (default: %(default)s)",
     )
     add("--workers", type=int, metavar="N", help="threads (default: 4)")
+    add(
+        "--device",
+        default=CPU,
+        metavar="DEVICE",
+        help=f"{', '.join(DEVICES)}: where weights are quantised (4 and 8 bit, FP8) and decomposed (PiSSA, OLoRA); "
+        "rows in 16 bit stay on the CPU, which keeps up with the disk (default: %(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace an output that exists")
     add(
         "--no-resume",

@@ -268,7 +268,7 @@ def _request(arguments: argparse.Namespace) -> MergeRequest:
             *("expert_layout", "allow_nonfinite", "stream_base", "token", "push_to_hub"),
             *("private", "revision", "create_pr", "commit_message"),
             *("weights", "combine", "density", "seed", "svd_rank", "majority_sign_method", "scale", "verify"),
-            *("executor", "ray_address"),
+            *("executor", "ray_address", "device"),
         )
     }
     for name, value in options.items():

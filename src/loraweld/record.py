@@ -17,6 +17,7 @@ from loraweld.checkpoint.mounted import open_stored
 from loraweld.errors import CheckpointError
 from loraweld.planning.facts import Facts
 from loraweld.planning.merge_plan import MergePlan, rounding_json
+from loraweld.request import CPU
 
 CHECKSUMS = "tensors_crc32"
 _PIECE_BYTES = 1 << 20
@@ -41,6 +42,7 @@ def make_record(plan: MergePlan, facts: Facts) -> Mapping[str, Any]:
         ],
         **({"combination": plan.combination.to_json()} if plan.combination else {}),
         **({"rounding": rounding} if (rounding := rounding_json(plan.rounding_seed)) else {}),
+        **({"device": plan.device} if plan.device != CPU else {}),
         "recipes": dict(plan.recipes_by_kind),
         "modules": [
             {"adapter": m.adapter, "module": m.module, "tensor": m.tensor, "what": m.what} for m in plan.modules

@@ -26,6 +26,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 NEAREST, STOCHASTIC = "nearest", "stochastic"
 ROUNDINGS = (NEAREST, STOCHASTIC)
 EXECUTORS = ("local", "ray")
+CPU = "cpu"
+DEVICES = (CPU, "cuda", "cuda:N", "mps", "xpu")
 MIN_MEMORY_BYTES = 64 * 10**6
 MAX_SIZE_BYTES = 2**62
 MAX_WORKERS = 256
@@ -49,7 +51,8 @@ class MergeRequest:
     `keeps_output` the output is then only the name beside which files are staged. `combination`: how the adapters act
     together, and how strongly. `rounding_seed`: of stochastic rounding, None rounds to nearest. `reads_only`: the
     output is there and looked at, nothing is written. `store`: the URL that the output goes to, `output` is then only
-    its name. `executor`: "local", or "ray" for the tasks of a cluster, at `ray_address`.
+    its name. `executor`: "local", or "ray" for the tasks of a cluster, at `ray_address`. `device`: where weights are
+    quantised and decomposed, as torch names it; whether it is there is not known yet.
     """
 
     adapters: tuple[str, ...]
@@ -85,6 +88,7 @@ class MergeRequest:
     store: str | None = None
     executor: str = "local"
     ray_address: str | None = None
+    device: str = CPU
 
     @property
     def is_in_parts(self) -> bool:
@@ -143,6 +147,7 @@ def make_request(
     verify: bool = False,
     executor: str = "local",
     ray_address: str | None = None,
+    device: str = CPU,
 ) -> MergeRequest:
     """Check the options and return them as one value.
 
@@ -207,7 +212,7 @@ def make_request(
         verify=verify,
         rounding_seed=rounding_seed,
         store=store,
-        **_executor(executor, ray_address),
+        **_processors(executor, ray_address, device),
         **options,
     )
 
@@ -216,6 +221,13 @@ def _workers(workers: int | None) -> int:
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise RequestError(f"workers is {workers}, expected 1 to {MAX_WORKERS}")
     return workers or DEFAULT_WORKERS
+
+
+def _device(device: str) -> str:
+    name = device.strip().lower()
+    if re.sub(r"(?<=cuda:)\d{1,3}$", "N", name) not in DEVICES:
+        raise RequestError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
+    return name
 
 
 def _rounding_seed(rounding: str, seed: int | None, method: str, dtype: str) -> int | None:
@@ -298,11 +310,11 @@ def _store(output: PathLike | None, method: str, hub: HubTarget | None) -> str |
     return url.rstrip("/")
 
 
-def _executor(executor: str, ray_address: str | None) -> dict[str, Any]:
+def _processors(executor: str, ray_address: str | None, device: str) -> dict[str, Any]:
     chosen = _choice("executor", executor, EXECUTORS)
     if ray_address is not None and chosen != "ray":
         raise RequestError("ray_address has no effect without executor ray")
-    return {"executor": chosen, "ray_address": ray_address}
+    return {"executor": chosen, "ray_address": ray_address, "device": _device(device)}
 
 
 def _place(output: PathLike, store: str | None) -> Path:

@@ -70,11 +70,14 @@ class Scratch:
 
 
 class TensorEditor:
-    """Computes rows of one recipe; serves all threads. The first that needs its kernels makes them."""
+    """Computes rows of one recipe; serves all threads. The first that needs its kernels makes them, with `device`."""
 
-    def __init__(self, recipe: Recipe, reader: Reader, findings: Findings, *, unit_rows: int = 1) -> None:
+    def __init__(
+        self, recipe: Recipe, reader: Reader, findings: Findings, *, device: torch.device, unit_rows: int = 1
+    ) -> None:
         self.recipe = recipe
         self._reader = reader
+        self._device = device
         self.findings = findings
         self.grid = TileGrid(recipe.rows, recipe.source.cols, unit_rows)
         self.item_bytes = item_size(recipe.dtype)
@@ -99,7 +102,7 @@ class TensorEditor:
         with self._lock:
             if self._parts is None:
                 source = self.recipe.source
-                kernels = [make_kernel(edit, source, self._reader) for edit in self.recipe.edits]
+                kernels = [make_kernel(edit, source, self._reader, self._device) for edit in self.recipe.edits]
                 decoder = open_decoder(source, self._reader)
                 if isinstance(decoder, RequantisedDecoder):
                     self.findings.differences.append(decoder.difference)

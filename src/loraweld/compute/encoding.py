@@ -18,16 +18,21 @@ _SESSION_ELEMENTS = 1 << 24
 
 
 class WeightEncoding:
-    """Makes the stored form of one recipe, within one thread; `fidelity` says how good it is, if it was edited."""
+    """Makes the stored form of one recipe, within one thread; `fidelity` says how good it is, if it was edited.
 
-    def __init__(self, recipe: Recipe, reader: Reader, findings: Findings, scratch: Scratch) -> None:
+    The rows are edited and checked on the CPU, and encoded on `device`.
+    """
+
+    def __init__(
+        self, recipe: Recipe, reader: Reader, findings: Findings, scratch: Scratch, device: torch.device
+    ) -> None:
         assert recipe.encoding is not None
         unit_rows = recipe.encoding.unit_rows(recipe.shape)
         self.fidelity = Fidelity()
         self._recipe = recipe
         self._scratch = scratch
-        self._encoder = open_encoder(recipe, reader)
-        self._editor = TensorEditor(recipe, reader, findings, unit_rows=unit_rows)
+        self._encoder = open_encoder(recipe, reader, device)
+        self._editor = TensorEditor(recipe, reader, findings, device=device, unit_rows=unit_rows)
 
     def stream(self) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield the bytes of codes and scales in the order of the recipe's parts.

@@ -17,6 +17,7 @@ from loraweld.adapter.edits import Columns, LowRank, Residual
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.decoder import open_decoder
+from loraweld.compute.device import HOST
 from loraweld.compute.tensors import read_columns, read_rows
 
 
@@ -71,13 +72,15 @@ def _columns(rows_NC: torch.Tensor, columns: Columns | None) -> torch.Tensor:
     return rows_NC if columns is None else rows_NC[:, columns.start : columns.stop : columns.step].contiguous()
 
 
-def decompose(edit: Residual, source: Source, reader: Reader) -> Factors:
+def decompose(edit: Residual, source: Source, reader: Reader, device: torch.device = HOST) -> Factors:
     """Derive the initial factors of PiSSA or OLoRA from the stored weight, as PEFT does when it attaches them.
+
+    The weight is decomposed on `device`, the factors lie on the CPU.
 
     PiSSA: B₀ = V·√(S/s), A₀ = √(S/s)·Uᵀ of the SVD of W (O, I); OLoRA: B₀ = Q, A₀ = R of its QR decomposition,
     leading `rank` columns and rows.
     """
-    weight = open_decoder(source, reader).rows(0, source.rows).read(0, source.rows).float()
+    weight = open_decoder(source, reader).rows(0, source.rows).read(0, source.rows).float().to(device)
     weight = weight.T if edit.transposed else weight
     if edit.method == "olora":
         q, r = torch.linalg.qr(weight)
@@ -87,5 +90,5 @@ def decompose(edit: Residual, source: Source, reader: Reader) -> Factors:
         root = torch.sqrt(s[: edit.rank] / edit.scaling)
         b_OR, a_RI = v[:, : edit.rank] * root, root[:, None] * uh[: edit.rank]
     left, right = (a_RI.T, b_OR.T) if edit.transposed else (b_OR, a_RI)
-    left, right = left.contiguous(), right.contiguous()
+    left, right = left.contiguous().cpu(), right.contiguous().cpu()
     return Factors(right, lambda start, stop: left[start:stop])

@@ -69,15 +69,18 @@ class Kernel(Protocol):
         """Load what rows [start, stop) need; None if the edit does nothing there."""
 
 
-def make_kernel(edit: Edit, source: Source, reader: Reader) -> Kernel:
-    """Return the kernel of `edit` on `source`; reads what all rows share, and the whole tensor where it must."""
+def make_kernel(edit: Edit, source: Source, reader: Reader, device: torch.device) -> Kernel:
+    """Return the kernel of `edit` on `source`; reads what all rows share, and the whole tensor where it must.
+
+    What decomposes the whole tensor does so on `device`. Kernels themselves work on the CPU.
+    """
     match edit:
         case LowRank():
             return LowRankKernel(Factors.stored(edit, reader), edit.scaling)
         case Dora():
             return DoraKernel(edit, source, reader)
         case Residual():
-            return ResidualKernel(edit, source, reader)
+            return ResidualKernel(edit, source, reader, device)
         case AddVector():
             return AddVectorKernel(edit, reader)
         case ReplaceRows():
@@ -85,11 +88,11 @@ def make_kernel(edit: Edit, source: Source, reader: Reader) -> Kernel:
         case GrowRows():
             return GrowRowsKernel(source, reader)
         case OnRows():
-            return OnRowsKernel(edit, source, reader)
+            return OnRowsKernel(edit, source, reader, device)
         case ReplaceAll():
             return ReplaceAllKernel(edit, reader)
         case Weighted():
-            return WeightedKernel(edit, source, reader)
+            return WeightedKernel(edit, source, reader, device)
         case SingularValues():
             return SingularValuesKernel(edit, reader)
         case Hadamard():
@@ -198,8 +201,8 @@ def _column_norms(source: Source, delta: LowRankKernel, reader: Reader) -> torch
 class ResidualKernel:
     """W ← round(W - scaling · B₀·A₀): undoes what PiSSA and OLoRA moved into the initial factors."""
 
-    def __init__(self, edit: Residual, source: Source, reader: Reader) -> None:
-        self._low_rank = LowRankKernel(decompose(edit, source, reader), -edit.scaling)
+    def __init__(self, edit: Residual, source: Source, reader: Reader, device: torch.device) -> None:
+        self._low_rank = LowRankKernel(decompose(edit, source, reader, device), -edit.scaling)
         self._dtype = torch_dtype(source.dtype)
 
     def span(self, start: int, stop: int) -> ResidualSpan:
@@ -225,16 +228,17 @@ class ResidualSpan:
 class OnRowsKernel:
     """An edit of some rows. It is made for each range of rows anew: of many experts only those at hand take memory."""
 
-    def __init__(self, edit: OnRows, source: Source, reader: Reader) -> None:
+    def __init__(self, edit: OnRows, source: Source, reader: Reader, device: torch.device) -> None:
         self._edit = edit
         self._source = source.part(edit.start, edit.stop) if isinstance(source, StoredTensor) else source
         self._reader = reader
+        self._device = device
 
     def span(self, start: int, stop: int) -> Span | None:
         first, last = max(start, self._edit.start), min(stop, self._edit.stop)
         if first >= last:
             return None
-        kernel = make_kernel(self._edit.edit, self._source, self._reader)
+        kernel = make_kernel(self._edit.edit, self._source, self._reader, self._device)
         inner = kernel.span(first - self._edit.start, last - self._edit.start)
         return None if inner is None else OnRowsSpan(inner, self._edit)
 
@@ -352,8 +356,8 @@ class ReplaceAllSpan:
 class WeightedKernel:
     """W += weight · (W′ − W), with W′ made by other kernels; what they leave alone stays as it is, to the bit."""
 
-    def __init__(self, edit: Weighted, source: Source, reader: Reader) -> None:
-        self._kernels = [make_kernel(inner, source, reader) for inner in edit.edits]
+    def __init__(self, edit: Weighted, source: Source, reader: Reader, device: torch.device) -> None:
+        self._kernels = [make_kernel(inner, source, reader, device) for inner in edit.edits]
         self._weight = edit.weight
 
     def span(self, start: int, stop: int) -> WeightedSpan | None:

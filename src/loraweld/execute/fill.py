@@ -9,11 +9,13 @@ from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import Findings, Scratch, TensorEditor
 from loraweld.compute.encoding import WeightEncoding
 from loraweld.compute.kernels import Ints
+from loraweld.errors import RequestError
 from loraweld.execute.checksums import made_parts
 from loraweld.execute.items import Item
 from loraweld.execute.kept import Piece, fill_kept
@@ -24,8 +26,11 @@ from loraweld.planning.merge_plan import Recipe
 class Filler:
     """Makes the bytes of items; serves all threads. Editors of the last few tensors are kept."""
 
-    def __init__(self, reader: Reader, *, num_editors: int, allow_nonfinite: bool = False) -> None:
+    def __init__(
+        self, reader: Reader, *, num_editors: int, device: torch.device, allow_nonfinite: bool = False
+    ) -> None:
         self._reader = reader
+        self._device = device
         self._num_editors = num_editors
         self._editors: OrderedDict[str, TensorEditor] = OrderedDict()
         self._lock = Lock()
@@ -34,10 +39,16 @@ class Filler:
 
     def pieces(self, item: Item, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
         """Yield the bytes of `item` in order, each time in the start of `buffer`."""
-        if item.encoded is not None:
-            yield from self._encode(item, item.encoded, buffer, scratch)
-        else:
-            yield from self._fill(item, buffer, scratch)
+        try:
+            if item.encoded is not None:
+                yield from self._encode(item, item.encoded, buffer, scratch)
+            else:
+                yield from self._fill(item, buffer, scratch)
+        except torch.cuda.OutOfMemoryError as error:  # of any kind of device
+            raise RequestError(
+                f"device {self._device} has no memory left: {error}. Free some, give fewer workers, or leave the "
+                "device out for the CPU; what is finished is kept"
+            ) from error
 
     def measured(self, item: Item) -> Sequence[float]:
         """Return the sums of the fidelity of a finished item, nothing if none was edited and encoded."""
@@ -45,7 +56,7 @@ class Filler:
 
     def _encode(self, item: Item, recipe: Recipe, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
         """Compute a weight, put it into its encoding and pack codes and scales one after the other."""
-        work = WeightEncoding(recipe, self._reader, self._findings, scratch)
+        work = WeightEncoding(recipe, self._reader, self._findings, scratch, self._device)
         start, used = item.start, 0
         for data in work.stream():
             done = 0
@@ -87,7 +98,9 @@ class Filler:
 
     def _editor(self, recipe: Recipe) -> TensorEditor:
         with self._lock:
-            editor = self._editors.pop(recipe.name, None) or TensorEditor(recipe, self._reader, self._findings)
+            editor = self._editors.pop(recipe.name, None) or TensorEditor(
+                recipe, self._reader, self._findings, device=self._device
+            )
             self._editors[recipe.name] = editor
             while len(self._editors) > self._num_editors:
                 self._editors.popitem(last=False)

@@ -24,6 +24,7 @@ from loraweld.execute.items import Copies, Item, Stretch, encoded_items, stretch
 from loraweld.execute.kept import Piece, kept_pieces
 from loraweld.execute.outcome import Outcome
 from loraweld.planning.merge_plan import MergePlan, WeightFile
+from loraweld.request import CPU
 from loraweld.sinks.system import aligned_buffer
 
 if TYPE_CHECKING:  # what imports torch is imported when there is work for it
@@ -164,7 +165,12 @@ def fidelity_of(plan: MergePlan, noted: Noted) -> dict[str, Fidelity]:
 
 
 def _rehearse(plan: MergePlan, reader: Reader) -> None:
-    """Let PEFT refuse what it must before a byte is written."""
+    """Let the device and PEFT refuse what they must before a byte is written."""
+    if plan.device != CPU:
+        from loraweld.compute.device import open_device
+        from loraweld.compute.device_trial import try_device
+
+        try_device(open_device(plan.device), plan.recipes, reader)
     layers = [(edit, recipe.source) for recipe in plan.recipes for edit in recipe.edits if isinstance(edit, PeftLayer)]
     if layers:
         from loraweld.compute.peft_layer import rehearse  # PEFT takes seconds to import
@@ -241,7 +247,12 @@ class _Run:
 
         self._restore_threads = partial(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
-        return Filler(self._reader, num_editors=self._plan.workers + 1, allow_nonfinite=self._plan.allow_nonfinite)
+        return Filler(
+            self._reader,
+            num_editors=self._plan.workers + 1,
+            device=torch.device(self._plan.device),
+            allow_nonfinite=self._plan.allow_nonfinite,
+        )
 
     def _one(self, stretch: Stretch) -> None:
         if self._stop.is_set():

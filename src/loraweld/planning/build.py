@@ -14,6 +14,7 @@ from loraweld.naming.tied import flag_is_free
 from loraweld.planning.changes import Resolved, combine_claims, resolve_ties
 from loraweld.planning.claims import Claim
 from loraweld.planning.companions import companion_files, tokenizer_size
+from loraweld.planning.device_work import device_notes
 from loraweld.planning.disk import free_bytes
 from loraweld.planning.encode import EncodedOutput, encode_output
 from loraweld.planning.facts import Facts, input_folders
@@ -78,6 +79,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
             *grown,
             *left_out_notes(base, left_out),
             *encoding_notes(recipes),
+            *device_notes(request.device, recipes),
             *runtime_notes(base, output.keeps_settings),
             *base_notes(base, adapters),
             *adapter_notes(adapters),
@@ -96,6 +98,7 @@ def build_plan(request: MergeRequest, facts: Facts) -> MergePlan:
         allow_nonfinite=request.allow_nonfinite,
         rounding_seed=seed,
         store=request.store and shown(request.store),
+        device=request.device,
     )
 
 

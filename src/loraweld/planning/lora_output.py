@@ -12,7 +12,7 @@ from loraweld.planning.facts import input_folders, named_base, open_adapters, op
 from loraweld.planning.memory import LIBRARY_BYTES
 from loraweld.planning.merge_plan import Input, MergePlan, SmallFile
 from loraweld.planning.paths import check_output
-from loraweld.request import MergeRequest
+from loraweld.request import CPU, MergeRequest
 
 
 def plan_lora(request: MergeRequest) -> MergePlan:
@@ -30,8 +30,8 @@ def plan_lora(request: MergeRequest) -> MergePlan:
         )
     if not combination.makes_adapter and not combination.is_plain:
         raise RequestError("weights and scale have no effect with save_method lora and one adapter; leave them out")
-    if request.dtype != "auto" or request.max_shard_bytes is not None:
-        raise RequestError("dtype and max_shard_size have no effect with save_method lora; leave them out")
+    if request.dtype != "auto" or request.max_shard_bytes is not None or request.device != CPU:
+        raise RequestError("dtype, max_shard_size and device have no effect with save_method lora; leave them out")
     given, located = open_adapters(request), open_tokenizer(request)
     check_output(request, input_folders(None, given, located))
     adapter = given[0]

@@ -16,7 +16,7 @@ from loraweld.checkpoint.encodings.encoded import CODES, EncodedTensor, Encoding
 from loraweld.checkpoint.stored import Identity, StoredTensor
 from loraweld.combine.methods import Combination
 from loraweld.dtypes import num_bytes
-from loraweld.request import STOCHASTIC
+from loraweld.request import CPU, STOCHASTIC
 
 RECORD_NAME = "loraweld.json"
 MERGED_FOLDER = "merged"
@@ -233,7 +233,8 @@ class MergePlan:
     `rounding_seed` is that of stochastic rounding, None if what is changed is rounded to nearest.
     `inputs` are the weight files that are read; it is checked that they are the same when the output is complete, and
     when a run is resumed. With a `store` the output goes to that URL, and `output` is only its name. `scratch` keeps
-    alive what recipes read from beside them (an unpickled adapter), and nothing else.
+    alive what recipes read from beside them (an unpickled adapter), and nothing else. `device` is where weights are
+    quantised and decomposed.
     """
 
     base: str
@@ -257,6 +258,7 @@ class MergePlan:
     allow_nonfinite: bool = False
     rounding_seed: int | None = None
     store: str | None = None
+    device: str = CPU
 
     @property
     def place(self) -> str:
@@ -343,6 +345,8 @@ class MergePlan:
             digest.update(repr((small.name, small.text)).encode())
         if self.combination is not None:
             digest.update(repr(self.combination.to_json()).encode())
+        if self.device != CPU:  # its last bits are others: a run that is continued must not mix them
+            digest.update(f"device {self.device}".encode())
         if self.export is not None:
             digest.update(repr((self.export.name, self.export.types, self.export.keeps_merged)).encode())
         return digest.hexdigest()
@@ -357,6 +361,7 @@ class MergePlan:
             "save_method": self.save_method,
             "dtype": self.dtype,
             "rounding": rounding_json(self.rounding_seed),
+            "device": self.device,
             "files": [file.to_json() for file in self.files],
             "recipes": dict(self.recipes_by_kind),
             "modules": [

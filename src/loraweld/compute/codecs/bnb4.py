@@ -19,16 +19,18 @@ from loraweld.checkpoint.reader import Reader
 from loraweld.compute.tensors import read_flat, torch_dtype
 
 _PIECE_ELEMENTS = 1 << 16
+_DEVICE_PIECE_ELEMENTS = 1 << 20  # a tile at once: an accelerator waits for calls, not for its memory
 
 
-def piece_blocks(blocksize: int) -> int:
+def piece_blocks(blocksize: int, device: torch.device) -> int:
     """Return the blocks of a piece: its temporaries stay near the core, and the cost of calls does not show."""
-    return max(1, _PIECE_ELEMENTS // blocksize)
+    return max(1, (_PIECE_ELEMENTS if device.type == "cpu" else _DEVICE_PIECE_ELEMENTS) // blocksize)
 
 
 def in_pieces(blocksize: int, *of_blocks: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield the same piece of each tensor; all have one row a block."""
-    return zip(*(torch.split(tensor, piece_blocks(blocksize)) for tensor in of_blocks), strict=True)
+    """Yield the same piece of each tensor; all have one row a block, on one device."""
+    count = piece_blocks(blocksize, of_blocks[0].device)
+    return zip(*(torch.split(tensor, count) for tensor in of_blocks), strict=True)
 
 
 def pair_table(codebook: torch.Tensor) -> torch.Tensor:
@@ -38,13 +40,16 @@ def pair_table(codebook: torch.Tensor) -> torch.Tensor:
 
 
 class BlockDecoder:
-    """Codes in memory → values, within one thread; keeps its scratch: fresh memory costs more than the arithmetic."""
+    """Codes in memory → values, within one thread; keeps its scratch: fresh memory costs more than the arithmetic.
+
+    Everything lies on the device of the codebook.
+    """
 
     def __init__(self, codebook: torch.Tensor, blocksize: int) -> None:
         self._pairs = pair_table(codebook)
-        blocks = piece_blocks(blocksize)
-        self._places = torch.empty(blocks * blocksize // 2, dtype=torch.int32)
-        self._values = torch.empty(blocks * blocksize // 2, dtype=torch.int64)
+        blocks = piece_blocks(blocksize, codebook.device)
+        self._places = torch.empty(blocks * blocksize // 2, dtype=torch.int32, device=codebook.device)
+        self._values = torch.empty(blocks * blocksize // 2, dtype=torch.int64, device=codebook.device)
         self._values_BS = self._values.view(torch.float32).view(blocks, blocksize)
 
     def decode(self, codes: torch.Tensor, absmax_B: torch.Tensor, out: torch.Tensor) -> None:

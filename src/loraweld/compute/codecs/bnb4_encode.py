@@ -20,6 +20,7 @@ import torch
 from loraweld.checkpoint.encodings.bnb4 import CODEBOOKS, NESTED_BLOCKSIZE, Bnb4
 from loraweld.compute.codecs.bnb4 import BlockDecoder, in_pieces, piece_blocks
 from loraweld.compute.codecs.scale_search import ScaleSearch
+from loraweld.compute.device import HOST
 from loraweld.compute.scripted import scripted
 from loraweld.compute.tensors import torch_dtype
 
@@ -32,26 +33,28 @@ _ROUNDING = 1e-6  # of a place computed in float32
 class Codebook:
     """16 values and the borders between neighbours.
 
-    A code is looked up by one of 65,536 places between -1 and 1. The few elements whose place a border runs through are
-    compared with the borders themselves.
+    On the CPU a code is looked up by one of 65,536 places between -1 and 1, and the few elements whose place a border
+    runs through are compared with the borders themselves; elsewhere all are.
     """
 
-    def __init__(self, values: tuple[float, ...]) -> None:
-        self.values = torch.tensor(values) + 0.0  # FP4's -0 is stored as 0
-        order = torch.argsort(self.values)
-        ordered = self.values[order]
+    def __init__(self, values: tuple[float, ...], device: torch.device) -> None:
+        on_host = torch.tensor(values) + 0.0  # FP4's -0 is stored as 0
+        self.values = on_host.to(device)
+        order = torch.argsort(on_host)
+        ordered = on_host[order]
         self._borders = ((ordered[:-1] + ordered[1:]) / 2).numpy()
         self._ranks_of_places = _ranks_of_places(self._borders)
         is_ordered = bool((order == torch.arange(16)).all())
         codes_of_ranks = (order.repeat_interleave(16) << 4) + order.repeat(16)
-        self._codes_of_ranks = None if is_ordered else codes_of_ranks.to(torch.uint8)
+        self._codes_of_ranks = None if is_ordered else codes_of_ranks.to(device, torch.uint8)
 
     def pack(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor, out: torch.Tensor, *, clips: bool) -> None:
         """Write the codes of the values nearest to blocks times inverse scales, two a byte, the earlier one higher.
 
         `clips`: some lie outside [-1, 1], and take the outermost value.
         """
-        ranks = self._ranks(blocks_BS, inverse_B, clips)
+        is_here = blocks_BS.is_cpu
+        ranks = self._ranks(blocks_BS, inverse_B, clips) if is_here else self._device_ranks(blocks_BS, inverse_B)
         if self._codes_of_ranks is None:
             out.copy_(ranks)
         else:
@@ -60,7 +63,7 @@ class Codebook:
     def _ranks(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor, clips: bool) -> torch.Tensor:
         """Return the ranks of the nearest values, the lower one of two, packed, as int16."""
         ranks_BS = torch.empty(blocks_BS.shape, dtype=torch.uint8)
-        piece = piece_blocks(blocks_BS.shape[1])
+        piece = piece_blocks(blocks_BS.shape[1], blocks_BS.device)
         _look_up(blocks_BS, inverse_B[:, None], self._ranks_of_places, ranks_BS, piece, clips)
         ranks = ranks_BS.view(-1).numpy()
         in_doubt = _in_doubt(ranks)
@@ -71,6 +74,12 @@ class Codebook:
         np.multiply(pairs, 0x1001, out=pairs)
         np.right_shift(pairs, 8, out=pairs)
         return torch.from_numpy(pairs.view("<i2"))
+
+    def _device_ranks(self, blocks_BS: torch.Tensor, inverse_B: torch.Tensor) -> torch.Tensor:
+        """Return the same ranks as `_ranks`, as int32."""
+        borders = torch.from_numpy(self._borders).to(blocks_BS.device)
+        pairs = torch.bucketize(blocks_BS * inverse_B[:, None], borders, out_int32=True).view(-1, 2)
+        return pairs[:, 0] << 4 | pairs[:, 1]
 
 
 def _in_doubt(ranks: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
@@ -127,23 +136,30 @@ def _ranks_of_places(borders: npt.NDArray[np.float32]) -> torch.Tensor:
 
 
 class Bnb4Encoder:
-    """One NF4 or FP4 weight.
+    """One NF4 or FP4 weight, on one device.
 
     `decodes`: what the codes decode to is asked for while encoding, so block scales that are quantised themselves must
     be known first; searched ones must be anyway, since their codes are made for them.
     """
 
     def __init__(
-        self, encoding: Bnb4, shape: tuple[int, ...], dtype: str, *, searches: bool, decodes: bool = True
+        self,
+        encoding: Bnb4,
+        shape: tuple[int, ...],
+        dtype: str,
+        *,
+        searches: bool,
+        decodes: bool = True,
+        device: torch.device = HOST,
     ) -> None:
         self.observes = encoding.nested_blocksize > 0 and (searches or decodes)
         self._encoding = encoding
         self._shape = shape
         self._dtype = torch_dtype(dtype)
-        self._codebook = Codebook(CODEBOOKS[encoding.quant_type])
+        self._codebook = Codebook(CODEBOOKS[encoding.quant_type], device)
         self._search = ScaleSearch(self._codebook.values, encoding.blocksize) if searches else None
         self._count = math.prod(shape)
-        self._absmax_B = torch.zeros(-(-self._count // encoding.blocksize))
+        self._absmax_B = torch.zeros(-(-self._count // encoding.blocksize), device=device)
         self._nested: Nested | None = None
         self._decoder = BlockDecoder(self._codebook.values, encoding.blocksize)
         self._last = torch.empty(0), torch.empty(0), 0
@@ -161,7 +177,8 @@ class Bnb4Encoder:
         if self.observes:
             self.settle()
         blocks = self._blocks(top, values_nC)
-        codes = torch.empty(sum(blocks_BS.numel() for _, blocks_BS in blocks) // 2, dtype=torch.uint8)
+        count = sum(blocks_BS.numel() for _, blocks_BS in blocks) // 2
+        codes = torch.empty(count, dtype=torch.uint8, device=values_nC.device)
         start = 0
         for first, blocks_BS in blocks:
             if not self.observes:
@@ -177,7 +194,7 @@ class Bnb4Encoder:
         codes, values_nC, first = self._last
         size = self._encoding.blocksize
         scales_B = self._stored_scales()[first : first + 2 * len(codes) // size]
-        values = torch.empty(2 * len(codes), dtype=self._dtype)
+        values = torch.empty(2 * len(codes), dtype=self._dtype, device=codes.device)
         self._decoder.decode(codes, scales_B, values)
         return values[: values_nC.numel()].view(values_nC.shape)
 
@@ -215,7 +232,7 @@ class Bnb4Encoder:
 
     def _set_scales(self, first: int, blocks_BS: torch.Tensor) -> None:
         absmax_B = self._absmax_B[first : first + len(blocks_BS)]
-        _write_absmax(blocks_BS, absmax_B, piece_blocks(self._encoding.blocksize))
+        _write_absmax(blocks_BS, absmax_B, piece_blocks(self._encoding.blocksize, blocks_BS.device))
         if self._is_cut(first):
             absmax_B.clamp_(min=_TINY)
         if self._search is not None:
@@ -225,7 +242,7 @@ class Bnb4Encoder:
         """Write the codes of blocks over their scales: searched ones as they will be read, else as bitsandbytes."""
         scales_B = (self._absmax_B if self._search is None else self._stored_scales())[first : first + len(blocks_BS)]
         if self._is_cut(first):
-            self._codebook.pack(blocks_BS / scales_B[:, None], torch.ones(1), out, clips=True)
+            self._codebook.pack(blocks_BS / scales_B[:, None], torch.ones_like(scales_B), out, clips=True)
             return
         self._codebook.pack(blocks_BS, 1.0 / scales_B.clamp(min=_TINY), out, clips=self._search is not None)
 
@@ -255,12 +272,13 @@ class Nested:
     """
 
     def __init__(self, absmax_B: torch.Tensor) -> None:
-        offset, count = absmax_B.mean(), len(absmax_B)
+        offset, count, device = absmax_B.mean(), len(absmax_B), absmax_B.device
         self.offset = float(offset)
-        self.codebook = dynamic_codebook()
+        self.codebook = dynamic_codebook().to(device)
+        self._codes_of_places = _codes_of_places().to(device)
         blocks = torch.nn.functional.pad(absmax_B - offset, (0, -count % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
-        codes = torch.empty(blocks.shape, dtype=torch.uint8)
-        self.absmax = torch.empty(len(blocks))
+        codes = torch.empty(blocks.shape, dtype=torch.uint8, device=device)
+        self.absmax = torch.empty(len(blocks), device=device)
         for piece in in_pieces(NESTED_BLOCKSIZE, blocks, self.absmax, codes):
             self._encode(*piece)
         self.codes_B = codes.view(-1)[:count]
@@ -270,7 +288,7 @@ class Nested:
         """Write the scales and codes of some blocks, and over the blocks what they decode to."""
         torch.amax(blocks_KN.abs(), 1, out=absmax_K)
         places = _nearest_places(blocks_KN * (1.0 / absmax_K.clamp(min=_TINY))[:, None])
-        torch.index_select(_codes_of_places(), 0, places.view(-1), out=codes_KN.view(-1))
+        torch.index_select(self._codes_of_places, 0, places.view(-1), out=codes_KN.view(-1))
         codes_KN.masked_fill_((absmax_K == 0)[:, None], 0)
         torch.index_select(self.codebook, 0, codes_KN.view(-1).int(), out=blocks_KN.view(-1))
         blocks_KN.mul_(absmax_K[:, None])

@@ -16,6 +16,8 @@ from loraweld.compute.codecs.bnb4_encode import Bnb4Encoder
 from loraweld.compute.codecs.grouped_encode import AwqEncoder, GptqEncoder, PackedEncoder
 from loraweld.compute.codecs.microscaled_encode import MxFp4Encoder, NvFp4Encoder
 from loraweld.compute.codecs.scaled_encode import ScaledEncoder
+from loraweld.compute.device import HOST
+from loraweld.planning.device_work import is_encoded_on_device
 from loraweld.planning.merge_plan import Recipe
 
 
@@ -39,20 +41,47 @@ class Encoder(Protocol):
         """Return all other parts by role, once all rows are encoded; with the codes if they do not stream."""
 
 
-def open_encoder(recipe: Recipe, reader: Reader) -> Encoder:
-    """Return the encoder of a recipe.
+class DeviceEncoder:
+    """An encoder whose work lies on another device: takes rows that are on the CPU, and gives back what is on it."""
+
+    def __init__(self, encoder: Encoder, device: torch.device) -> None:
+        self.observes = encoder.observes
+        self._encoder = encoder
+        self._device = device
+
+    def observe(self, top: int, values_nC: torch.Tensor) -> None:
+        self._encoder.observe(top, values_nC.to(self._device))
+
+    def encode(self, top: int, values_nC: torch.Tensor) -> torch.Tensor:
+        return self._encoder.encode(top, values_nC.to(self._device)).cpu()
+
+    def decoded(self) -> torch.Tensor:
+        return self._encoder.decoded().cpu()
+
+    def parts(self) -> Mapping[str, torch.Tensor]:
+        return {role: part.cpu() for role, part in self._encoder.parts().items()}
+
+
+def open_encoder(recipe: Recipe, reader: Reader, device: torch.device = HOST) -> Encoder:
+    """Return the encoder of a recipe, which works on `device` if its kind of encoding does.
 
     Where the source is in that very encoding its scales are kept, unless a value outgrows them: what the adapter does
     not change then stays as it is.
     """
+    if device == HOST or not is_encoded_on_device(recipe):
+        return _encoder(recipe, reader, HOST)
+    return DeviceEncoder(_encoder(recipe, reader, device), device)
+
+
+def _encoder(recipe: Recipe, reader: Reader, device: torch.device) -> Encoder:
     encoding, form = recipe.encoding, recipe.form
     keeps = form is not None and form == recipe.source
     match encoding:
         case Bnb4():
             options = {"searches": recipe.searches, "decodes": bool(recipe.edits)}
-            return Bnb4Encoder(encoding, recipe.shape, recipe.dtype, **options)
+            return Bnb4Encoder(encoding, recipe.shape, recipe.dtype, device=device, **options)
         case Scaled():
-            return ScaledEncoder(encoding, recipe.shape, recipe.dtype, form, reader, keeps=keeps)
+            return ScaledEncoder(encoding, recipe.shape, recipe.dtype, form, reader, keeps=keeps, device=device)
     assert form is not None, f"{encoding} is only kept, never chosen"
     match encoding:
         case Packed():

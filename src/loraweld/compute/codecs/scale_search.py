@@ -24,10 +24,10 @@ _LEAST, _LARGEST = 1e-35, 1e36
 
 
 class ScaleSearch:
-    """Finds scales for one codebook with values in [-1, 1], within one thread."""
+    """Finds scales for one codebook with values in [-1, 1], within one thread and on the codebook's device."""
 
     def __init__(self, codebook: torch.Tensor, blocksize: int) -> None:
-        self._tables = _tables(tuple(codebook.tolist()))
+        self._tables = [table.to(codebook.device) for table in _tables(tuple(codebook.cpu().tolist()))]
         self._blocksize = blocksize
 
     def scales(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
@@ -49,8 +49,8 @@ class ScaleSearch:
     def _sums(self, blocks_BS: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
         """Return Σ w·q over the absmax, and Σ q², of each block for the codes at each share, as complex numbers."""
         factor_B1 = absmax_B.clamp(min=_LEAST).reciprocal_().mul_(_STEPS)[:, None]
-        sums_HB = torch.empty(len(_SHARES), len(absmax_B), dtype=torch.complex64)
-        _sum_up(blocks_BS, factor_B1, self._tables, sums_HB, piece_blocks(self._blocksize))
+        sums_HB = torch.empty(len(_SHARES), len(absmax_B), dtype=torch.complex64, device=absmax_B.device)
+        _sum_up(blocks_BS, factor_B1, self._tables, sums_HB, piece_blocks(self._blocksize, blocks_BS.device))
         return sums_HB
 
 
@@ -64,9 +64,9 @@ def _sum_up(
 ) -> None:
     """Write the sums over each block of what each table has at the places of its elements."""
     count, size = blocks_BS.shape
-    scaled_BS = torch.empty([piece, size])
-    places_BS = torch.empty([piece, size], dtype=torch.int32)
-    terms_BS = torch.empty([piece, size], dtype=torch.complex64)
+    scaled_BS = torch.empty([piece, size], device=blocks_BS.device)
+    places_BS = torch.empty([piece, size], dtype=torch.int32, device=blocks_BS.device)
+    terms_BS = torch.empty([piece, size], dtype=torch.complex64, device=blocks_BS.device)
     middle = float(tables[0].size(0) // 2)
     for start in range(0, count, piece):
         stop = min(count, start + piece)

@@ -18,6 +18,7 @@ from loraweld.checkpoint.encodings.scaled import Scaled
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.grouped_encode import divisor, fitted_with_zeros, reach
 from loraweld.compute.codecs.plain import PlainRows
+from loraweld.compute.device import HOST
 from loraweld.compute.tensors import read_vector, torch_dtype
 
 
@@ -38,7 +39,7 @@ _RANGES = {
 
 
 class ScaledEncoder:
-    """value = (code - zero) · scale / levels; LLM.int8 stores 127 times the scale."""
+    """value = (code - zero) · scale / levels; LLM.int8 stores 127 times the scale. All of it lies on one device."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class ScaledEncoder:
         reader: Reader,
         *,
         keeps: bool,
+        device: torch.device = HOST,
     ) -> None:
         rows, cols = shape
         self.observes = encoding.is_of_all_rows(shape)
@@ -60,7 +62,7 @@ class ScaledEncoder:
         self._levels = float(round(1 / encoding.factor))
         self._factor = encoding.factor
         self._scale_dtype = torch_dtype(encoding.scale_dtypes[0])
-        self._scale_RK = torch.zeros(-(-rows // encoding.block[0]), -(-cols // encoding.block[1]))
+        self._scale_RK = torch.zeros(-(-rows // encoding.block[0]), -(-cols // encoding.block[1]), device=device)
         self._zero_RK = torch.zeros_like(self._scale_RK)
         self._high_RK, self._low_RK = torch.zeros_like(self._scale_RK), torch.zeros_like(self._scale_RK)
         self._has_zeros = False
@@ -86,7 +88,8 @@ class ScaledEncoder:
             scaled_nC.round_()
         codes_nC = scaled_nC.clamp_(self._range.lowest, self._range.highest).to(self._code_dtype)
         if self._stored is not None:
-            codes_nC = self._as_in_base(self._stored.read(top, top + len(values_nC)), top, values_nC, codes_nC)
+            stored_nC = self._stored.read(top, top + len(values_nC)).to(codes_nC.device)
+            codes_nC = self._as_in_base(stored_nC, top, values_nC, codes_nC)
         self._last = codes_nC, top
         return codes_nC
 
@@ -142,11 +145,12 @@ class ScaledEncoder:
         """Take over the dtype of scales and whether there are zeros, and, if it `keeps` them, both as they are."""
         scale, zero = form.need("scale"), form.part("zero")
         self._scale_dtype = torch_dtype(scale.dtype)
-        stored_zero_RK = self._zero_RK if zero is None else read_vector(reader, zero).view(self._zero_RK.shape)
+        shape, device = self._scale_RK.shape, self._scale_RK.device
+        stored_zero_RK = self._zero_RK if zero is None else read_vector(reader, zero).view(shape).to(device)
         # Runtimes do not look at the zeros of symmetric weights.
         self._has_zeros = bool(stored_zero_RK.any())
         if keeps:
-            self._scale_RK, self._zero_RK = read_vector(reader, scale).view(self._scale_RK.shape), stored_zero_RK
+            self._scale_RK, self._zero_RK = read_vector(reader, scale).view(shape).to(device), stored_zero_RK
         if keeps and self._has_zeros and self._dtype == torch.bfloat16:
             # If there are more codes on one side of a zero than bfloat16 has numbers, several decode to the same bits.
             self._stored = PlainRows(form.codes, reader)
@@ -169,5 +173,5 @@ class ScaledEncoder:
 
     def _spread(self, of_blocks_RK: torch.Tensor, top: int, count: int) -> torch.Tensor:
         """Return a value of each block for the elements of some rows, (n, C), or (n, 1) where a row is one block."""
-        of_rows = of_blocks_RK[torch.arange(top, top + count) // self._block[0]]
+        of_rows = of_blocks_RK[torch.arange(top, top + count, device=of_blocks_RK.device) // self._block[0]]
         return of_rows if of_rows.shape[1] == 1 else of_rows.repeat_interleave(self._block[1], dim=1)[:, : self._cols]
