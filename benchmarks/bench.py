@@ -36,6 +36,7 @@ import from_nf4
 import hub
 import item_costs
 import plain
+import products
 import profile_part
 import scale
 import startup
@@ -55,6 +56,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
     "scale": scale.measured,
     "profile": profile_part.measured,
     "items": item_costs.measured,
+    "products": products.measured,
 }
 
 
@@ -78,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     add("--rank", nargs="+", type=int, default=[16, 64], help="ranks of the adapters, the first for NF4 (16 64)")
     add("--runs", type=int, default=5, help="runs of each tool per shape and rank (default 5)")
     add("--rounds", type=int, default=5, help="rounds of quantise and codecs (default 5)")
-    add("--other-runs", type=int, default=1, help="runs of PEFT and the peers per shape and rank, 0 for none (1)")
+    add("--other-runs", type=int, default=5, help="runs of PEFT and the peers per shape, 0 for none (default 5)")
     add("--workdir", type=Path, default=REPO / ".cache", help="where files are written (default .cache)")
     add("--keep", action="store_true", help="keep bases and adapters for the next time")
     add("--print", action="store_true", help="print only, leave the report as it is")

@@ -35,8 +35,8 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 """
 CONDITIONS = """\
 Base and output are in bfloat16. Each run is a fresh process followed by `sync -f` on the output, which
-counts into its time; `cp` is `cp -r` of the base folder. Runs alternate (cp, loraweld, cp, loraweld, …,
-then PEFT and what `make bench-peers` has installed, for the first rank), and each ratio loraweld / cp
+counts into its time; `cp` is `cp -r` of the base folder. Runs alternate (cp, loraweld and, for the first rank,
+PEFT and what `make bench-peers` has installed; then again), and each ratio loraweld / cp
 is of two neighbours. Before a run the base is read once and all dirty pages are written. No cache is
 dropped: a base that does not fit into free memory beside the output is partly cold, for all alike, and
 "from disk" says how much was fetched. Times include the start of Python and the imports. "read" counts
@@ -66,13 +66,22 @@ def measured(args: argparse.Namespace, work: Path) -> Part:
                     ]  # fmt: skip
                     add_peers(case, work)
                 others = [tool for tool in case.commands if tool not in PAIR]
-                run_case(case, work, PAIR * args.runs + others * args.other_runs, may_fail=others)
+                run_case(case, work, rounds(others, args.runs, args.other_runs), may_fail=others)
             cases += of_shape
     blocks = [
         ratios_table(cases), medians_table(cases), *conditions(CONDITIONS, work), *failure_notes(cases),
         "### Every run", runs_table(cases),
     ]  # fmt: skip
     return Part(title="16 bit to 16 bit", promises=promises(cases), blocks=blocks)
+
+
+def rounds(others: Sequence[str], runs: int, other_runs: int) -> list[str]:
+    """Return the order of the tools: in turn, the pair `runs` times, the others `other_runs` times."""
+    order: list[str] = []
+    for number in range(max(runs, other_runs)):
+        order += PAIR if number < runs else []
+        order += others if number < other_runs else []
+    return order
 
 
 def promises(cases: Sequence[Case]) -> list[str]:
