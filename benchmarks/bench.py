@@ -32,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import codec_parts
+import copies
 import from_nf4
 import hub
 import item_costs
@@ -57,6 +58,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
     "profile": profile_part.measured,
     "items": item_costs.measured,
     "products": products.measured,
+    "copies": copies.measured,
 }
 
 
