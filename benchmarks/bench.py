@@ -32,12 +32,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import codec_parts
-import copies
+import copies_part
 import from_nf4
 import hub
 import item_costs
 import plain
-import products
 import profile_part
 import scale
 import startup
@@ -57,8 +56,8 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
     "scale": scale.measured,
     "profile": profile_part.measured,
     "items": item_costs.measured,
-    "products": products.measured,
-    "copies": copies.measured,
+    "products": codec_parts.products,
+    "copies": copies_part.measured,
 }
 
 

@@ -1,4 +1,4 @@
-"""The parts that measure codecs in one process: NF4 against bitsandbytes, and every encoding against its library."""
+"""The parts that measure arithmetic in one process: NF4, every encoding against its library, products in bfloat16."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ One process on one core, in turn; medians. GB/s of 16-bit values. Ours decode fr
 tile, and encode from float32 tiles into the encoding's own grid, as in a merge; the others work on whole tensors in
 memory, the way the library offers it. A dash: not offered, or not written yet. Weights: 4096 × 4096, MXFP4 four
 experts of together as many."""
+PRODUCTS_CONDITIONS = """\
+A tile of 256 × 4096 normal bfloat16 weights, float32 factors, one thread. Misrounded: not what float64 rounds to,
+before any repair of elements in doubt. bfloat16 products are torch's `addmm`; whether they are faster hangs on the
+processor: flags of this one: {flags}."""
 
 
 def quantise(args: argparse.Namespace, work: Path) -> Part:
@@ -56,6 +60,30 @@ def codecs(args: argparse.Namespace, work: Path) -> Part:
     return Part(title="Codecs", promises=[], blocks=[table(header, rows), *conditions(CODECS_CONDITIONS, work)])
 
 
+def products(args: argparse.Namespace, work: Path) -> Part:
+    """Compare products in bfloat16 with float32."""
+    found = printed_by("products.py", args, work)
+    rows = [
+        [
+            f"r {one['rank']}, ‖Δ‖/‖W‖ {one['change']:g}",
+            *(f"{share:.1e}" for share in one["misrounded"]),
+            *(show(ns, 2) for ns in one["ns"]),
+        ]
+        for one in found
+    ]
+    header = ["misrounded", "float32", "3 products", "6 products", "float32 ns", "3 products ns", "6 products ns"]
+    sixes = [1e4 * one["misrounded"][2] for one in found]
+    held = promise("six products misround at most 1e-4", sixes, "e-4", lambda value: value <= 1)
+    blocks = [table(header, rows), *conditions(PRODUCTS_CONDITIONS.format(flags=_matrix_flags()), work)]
+    return Part(title="bfloat16 products", promises=[held], blocks=blocks)
+
+
+def _matrix_flags() -> str:
+    """What the processor has for bfloat16."""
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="ascii").split())
+    return ", ".join(sorted(flags & {"avx512_bf16", "amx_bf16", "amx_tile"})) or "none"
+
+
 def speed_cells(speeds: Sequence[Sequence[float]]) -> list[str]:
     """Return medians of our speed, of theirs, and of the ratios of neighbouring rounds."""
     ours, theirs = speeds
@@ -63,10 +91,10 @@ def speed_cells(speeds: Sequence[Sequence[float]]) -> list[str]:
     return [show(statistics.median(values) if values else None, 2) for values in (ours, theirs, ratios)]
 
 
-def printed_by(script: str, args: argparse.Namespace, work: Path) -> Any:
+def printed_by(script: str, args: argparse.Namespace, work: Path, *more: str) -> Any:
     """Run one of our scripts in a fresh process and return the JSON in its last line."""
     say(f"running {script}")
     log = work / "log.txt"
-    measure([sys.executable, str(BENCHMARKS / script), "--rounds", str(args.rounds)], log)
+    measure([sys.executable, str(BENCHMARKS / script), *more, "--rounds", str(args.rounds)], log)
     lines = log.read_text(encoding="utf-8").splitlines()
     return json.loads(next(line for line in reversed(lines) if line.startswith("[")))
