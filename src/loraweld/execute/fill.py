@@ -74,15 +74,17 @@ class Filler:
 
     def _fill(self, item: Item, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
         """Fill the buffer again and again: with what is kept first, then the computed rows."""
-        writers: dict[str, _TensorWriter] = {}
+        unfinished: dict[str, _TensorWriter] = {}
         for window in item.windows(len(buffer)):
             data = buffer[: window.end - window.start]
             fill_kept(window, data, self._reader)
             for placed in made_parts(window):
-                name = placed.recipe.name
-                if name not in writers:
-                    writers[name] = _TensorWriter(self._editor(placed.recipe), placed.offset, item, scratch)
-                writers[name].write(window.start, data)
+                writer = unfinished.pop(placed.recipe.name, None)
+                if writer is None:
+                    writer = _TensorWriter(self._editor(placed.recipe), placed.offset, item, scratch)
+                writer.write(window.start, data)
+                if placed.end > window.end:
+                    unfinished[placed.recipe.name] = writer
             yield Piece(window.start, len(data))
 
     def outcome(self) -> Outcome:
