@@ -22,7 +22,7 @@ from loraweld.checkpoint.encodings.bnb4 import CODEBOOKS
 from loraweld.cli import main
 from loraweld.compute import device, device_trial
 from loraweld.compute.codecs.bnb4_encode import Codebook
-from loraweld.errors import RequestError
+from loraweld.errors import OutputError, RequestError
 from loraweld.request import make_request
 
 ACCELERATORS = device.found_devices()
@@ -241,15 +241,33 @@ def test_a_device_without_an_operation_is_refused_before_a_byte_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+class Later(dict[str, Exception]):
+    """Failures of operations that go well `count` times first."""
+
+    def __init__(self, count: int, **fails: Exception) -> None:
+        super().__init__(fails)
+        self.count = count
+
+    def __contains__(self, name: object) -> bool:
+        fails = super().__contains__(name)
+        self.count -= fails
+        return fails and self.count < 0
+
+
 def test_a_device_without_memory_is_no_traceback(sim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be filled by another process in the middle of a run."""
+    """It may be filled by another process in the middle of a run; what is finished then is not made again."""
     monkeypatch.setattr(device_trial, "try_device", lambda *given: None)
-    monkeypatch.setitem(other_device.fails, "bucketize", torch.cuda.OutOfMemoryError("tried to allocate 20 MiB"))
-    with pytest.raises(
-        RequestError, match=f"device {sim} has no memory left: tried to allocate 20 MiB. .*fewer workers"
-    ):
-        merge(llama(tmp_path), "out", device=sim, save_method="merged_4bit")
+    options: dict[str, Any] = {"device": sim, "save_method": "merged_4bit"}
+    llama(tmp_path)
+    merge(tmp_path, "whole", **options)
+    with monkeypatch.context() as full:
+        full.setattr(other_device, "fails", Later(9, bucketize=torch.cuda.OutOfMemoryError("tried to allocate 20 MiB")))
+        said = f"device {sim} has no memory left: tried to allocate 20 MiB. .*fewer workers"
+        with pytest.raises(OutputError, match=said):
+            merge(tmp_path, "out", workers=1, **options)
     assert not (tmp_path / "out").exists()
+    assert merge(tmp_path, "out", **options).resumed_bytes
+    assert weights(tmp_path, "out") == weights(tmp_path, "whole")
 
 
 def test_an_adapter_alone_has_nothing_to_compute(tmp_path: Path) -> None:

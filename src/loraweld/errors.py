@@ -50,7 +50,10 @@ class MatchError(LoraweldError):
 
 
 class OutputError(LoraweldError):
-    """The output place is taken, locked, too small or not writable."""
+    """The output cannot be made now: its place is taken, locked, too small or not writable, or a device is full.
+
+    What is finished stays, and the same command continues.
+    """
 
 
 class NumericsError(LoraweldError):

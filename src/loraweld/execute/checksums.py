@@ -1,7 +1,7 @@
 """CRC-32 of the tensors that a merge makes: of each item as it is made, put together in whatever order items come.
 
 Tensors that are kept have none. They are the base's bytes, which some sinks never read. CRC-32 is that of zlib and PNG
-(ISO 3309): other tools can check it, and it is the one such sum that a library computes faster than memory is copied.
+(ISO 3309): other tools can check it, the sum of two pieces follows from theirs, and it costs less than a copy.
 """
 
 from __future__ import annotations

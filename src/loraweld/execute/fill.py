@@ -15,7 +15,7 @@ from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import Findings, Scratch, TensorEditor
 from loraweld.compute.encoding import WeightEncoding
 from loraweld.compute.kernels import Ints
-from loraweld.errors import RequestError
+from loraweld.errors import OutputError
 from loraweld.execute.checksums import made_parts
 from loraweld.execute.items import Item
 from loraweld.execute.kept import Piece, fill_kept
@@ -45,7 +45,7 @@ class Filler:
             else:
                 yield from self._fill(item, buffer, scratch)
         except torch.cuda.OutOfMemoryError as error:  # of any kind of device
-            raise RequestError(
+            raise OutputError(
                 f"device {self._device} has no memory left: {error}. Free some, give fewer workers, or leave the "
                 "device out for the CPU; what is finished is kept"
             ) from error
