@@ -21,9 +21,9 @@ encoder fed float32 tiles, as in a merge of a weight that no adapter touches, on
 round. For two cores."""
 CODECS_CONDITIONS = """\
 One process on one core, in turn; medians. GB/s of 16-bit values. Ours decode from a file in the page cache, tile by
-tile, and encode from float32 tiles into the encoding's own grid, as in a merge; the others work on whole tensors in
-memory, the way the library offers it. A dash: not offered, or not written yet. Weights: 4096 × 4096, MXFP4 four
-experts of together as many."""
+tile, and encode from float32 tiles as in a merge that preserves the encoding: scales are kept unless a value outgrows
+them; the others work on whole tensors in memory, the way the library offers it. A dash: none of these libraries does
+it without a GPU. Weights: 4096 × 4096, MXFP4 four experts of together as many."""
 PRODUCTS_CONDITIONS = """\
 A tile of 256 × 4096 normal bfloat16 weights, float32 factors, one thread. Misrounded: not what float64 rounds to,
 before any repair of elements in doubt. bfloat16 products are torch's `addmm`; whether they are faster hangs on the
