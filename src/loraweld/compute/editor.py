@@ -22,7 +22,7 @@ from loraweld.compute.tiles import TileGrid
 from loraweld.errors import NumericsError
 from loraweld.planning.merge_plan import Recipe
 
-_EXACT_ELEMENTS = 1 << 11  # at a time: each takes two rows of factors in float64
+_EXACT_ELEMENTS = 1 << 9  # at a time: each takes two rows of factors in float64
 
 
 @dataclass(slots=True)

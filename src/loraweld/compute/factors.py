@@ -1,4 +1,4 @@
-"""The two factors of a low-rank delta: the right one whole, the left one for the rows at hand.
+"""The two factors of a low-rank delta: the right one whole, the left one a stretch of rows at a time.
 
 Shape letters: N = rows of the stored tensor, n = rows at hand, C = its columns, R = rank.
 The delta of the stored tensor is L·R with L (N, R) and R (R, C): B and A, or for transposed tensors
@@ -7,7 +7,9 @@ A transposed and B transposed.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,28 +21,58 @@ from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.device import HOST
 from loraweld.compute.tensors import read_columns, read_rows
+from loraweld.planning.memory import stretch_rows
+
+Ints = npt.NDArray[np.int64]
 
 
 class Left:
-    """Rows [start, …) of the left factor."""
+    """The left factor's rows before `stop`, for one thread: a stretch of them is in memory, and the one before it.
 
-    def __init__(self, rows_nR: torch.Tensor, start: int) -> None:
-        self._rows_nR = rows_nR
-        self._start = start
-        self._norms_n = torch.linalg.vector_norm(rows_nR, dim=1).numpy()
+    A stretch is what a buffer of the output takes; elements in doubt are repaired before the next one is begun.
+    """
+
+    def __init__(self, load: Callable[[int, int], torch.Tensor], stop: int, stretch: int) -> None:
+        self._load = load
+        self._stop = stop
+        self._stretch = stretch
+        self._held: deque[_Stretch] = deque(maxlen=2)
 
     def rows(self, top: int, count: int) -> torch.Tensor:
         """Return `count` rows from row `top` of the tensor on, (count, R)."""
-        return self._rows_nR[top - self._start : top - self._start + count]
+        held = self._holding(top, count)
+        return held.rows_nR[top - held.start : top - held.start + count]
 
-    def largest_norm(self, top: int, count: int) -> float:
-        """Return the norm of the longest of these rows."""
-        return float(self._norms_n[top - self._start : top - self._start + count].max())
+    def pick(self, rows_K: Ints) -> npt.NDArray[np.float32]:
+        """Return the rows with these numbers, ascending and at least one, (K, R)."""
+        pieces: list[npt.NDArray[np.float32]] = []
+        while len(rows_K):
+            held = self._holding(int(rows_K[0]), 1)
+            here = int(np.searchsorted(rows_K, held.stop))
+            pieces.append(held.rows_nR.numpy()[rows_K[:here] - held.start])
+            rows_K = rows_K[here:]
+        return np.concatenate(pieces)
 
-    def pick(self, rows_K: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Return the rows with these numbers, (K, R)."""
-        picked: npt.NDArray[np.float32] = self._rows_nR.numpy()[rows_K - self._start]
-        return picked
+    def _holding(self, start: int, count: int) -> _Stretch:
+        """Return what holds these rows: a stretch that is in memory, or one that begins with them."""
+        for held in self._held:
+            if held.start <= start and start + count <= held.stop:
+                return held
+        stop = max(start + count, min(start + self._stretch, self._stop))
+        self._held.append(_Stretch(self._load(start, stop), start))
+        return self._held[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Neighbouring rows (n, R) of a left factor, from row `start` on."""
+
+    rows_nR: torch.Tensor
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.rows_nR)
 
 
 class Factors:
@@ -51,6 +83,7 @@ class Factors:
         self.right: npt.NDArray[np.float32] = right_RC.numpy()
         self.largest_norm = float(torch.linalg.vector_norm(right_RC, dim=0).max())
         self._left_rows = left_rows
+        self._stretch = stretch_rows(right_RC.shape[1])
 
     @classmethod
     def stored(cls, edit: LowRank, reader: Reader) -> Factors:
@@ -63,9 +96,14 @@ class Factors:
         right_RC = _columns(read_rows(reader, a, 0, a.rows), edit.a_columns).contiguous()
         return cls(right_RC, lambda start, stop: _columns(read_rows(reader, b, start, stop), edit.b_columns))
 
-    def left(self, start: int, stop: int) -> Left:
-        """Load rows [start, stop) of the left factor."""
-        return Left(self._left_rows(start, stop), start)
+    def left(self, stop: int) -> Left:
+        """Return the left factor's rows before `stop`."""
+        return Left(self._left_rows, stop, self._stretch)
+
+
+def largest_norm(rows_nR: torch.Tensor) -> float:
+    """Return the norm of the longest of some rows, 0 of none."""
+    return float(torch.linalg.vector_norm(rows_nR, dim=1).max()) if len(rows_nR) else 0.0
 
 
 def _columns(rows_NC: torch.Tensor, columns: Columns | None) -> torch.Tensor:

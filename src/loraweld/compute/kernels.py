@@ -35,7 +35,7 @@ from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.compute.codecs.decoder import Rows, open_decoder
-from loraweld.compute.factors import Factors, Left, decompose
+from loraweld.compute.factors import Factors, Left, decompose, largest_norm
 from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
 from loraweld.compute.tiles import TileGrid
 from loraweld.compute.tuner_kernels import HadamardKernel, KroneckerKernel, ScaleKernel, SingularValuesKernel
@@ -115,7 +115,7 @@ class LowRankKernel:
         self._scaling = scaling
 
     def span(self, start: int, stop: int) -> LowRankSpan:
-        return LowRankSpan(self._factors.left(start, stop), self._factors, self._scaling)
+        return LowRankSpan(self._factors.left(stop), self._factors, self._scaling)
 
 
 class LowRankSpan:
@@ -125,9 +125,9 @@ class LowRankSpan:
         self._scaling = scaling
 
     def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
-        right_RC = self._factors.right_RC
-        tile_nC.addmm_(self._left.rows(top, len(tile_nC)), right_RC, alpha=self._scaling)
-        terms = abs(self._scaling) * self._left.largest_norm(top, len(tile_nC)) * self._factors.largest_norm
+        left_nR, right_RC = self._left.rows(top, len(tile_nC)), self._factors.right_RC
+        tile_nC.addmm_(left_nR, right_RC, alpha=self._scaling)
+        terms = abs(self._scaling) * largest_norm(left_nR) * self._factors.largest_norm
         return error + terms * math.sqrt(max(1, len(right_RC))) * FLOAT32_ERROR
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
@@ -258,6 +258,8 @@ class OnRowsSpan:
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
         here = (rows_K >= self._start) & (rows_K < self._stop)
+        if not here.any():
+            return values_K
         values_K = values_K.copy()
         values_K[here] = self._inner.exact(values_K[here], rows_K[here] - self._start, cols_K[here])
         return values_K

@@ -17,7 +17,7 @@ from loraweld.adapter.edits import Hadamard, Kronecker, Scale, SingularValues
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
-from loraweld.compute.factors import Factors, Left
+from loraweld.compute.factors import Factors, Left, largest_norm
 from loraweld.compute.tensors import read_rows, read_vector
 
 Floats = npt.NDArray[np.float64]
@@ -34,7 +34,7 @@ class SingularValuesKernel:
         self._scaling = edit.delta.scaling
 
     def span(self, start: int, stop: int) -> SingularValuesSpan:
-        return SingularValuesSpan(self._factors, self._factors.left(start, stop), self._values_R, self._scaling)
+        return SingularValuesSpan(self._factors, self._factors.left(stop), self._values_R, self._scaling)
 
 
 class SingularValuesSpan:
@@ -47,8 +47,7 @@ class SingularValuesSpan:
     def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
         left_nR = self._left.rows(top, len(tile_nC)) * self._values_R
         tile_nC.addmm_(left_nR, self._factors.right_RC, alpha=self._scaling)
-        largest = float(torch.linalg.vector_norm(left_nR, dim=1).max()) if len(left_nR) else 0.0
-        terms = abs(self._scaling) * largest * self._factors.largest_norm
+        terms = abs(self._scaling) * largest_norm(left_nR) * self._factors.largest_norm
         return error + terms * math.sqrt(max(1, len(self._values_R))) * 2 * FLOAT32_ERROR
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
@@ -66,7 +65,7 @@ class HadamardKernel:
         self._scaling = edit.scaling
 
     def span(self, start: int, stop: int) -> HadamardSpan:
-        return HadamardSpan([(factors, factors.left(start, stop)) for factors in self._factors], self._scaling)
+        return HadamardSpan([(factors, factors.left(stop)) for factors in self._factors], self._scaling)
 
 
 def _stored(left: StoredTensor, right: StoredTensor, reader: Reader) -> Factors:
@@ -79,11 +78,12 @@ class HadamardSpan:
         self._scaling = scaling
 
     def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
-        first_nC, second_nC = (left.rows(top, len(tile_nC)) @ factors.right_RC for factors, left in self._pairs)
+        pairs = [(left.rows(top, len(tile_nC)), factors) for factors, left in self._pairs]
+        first_nC, second_nC = (left_nR @ factors.right_RC for left_nR, factors in pairs)
         tile_nC.addcmul_(first_nC, second_nC, value=self._scaling)
         terms, ranks = abs(self._scaling), 1.0
-        for factors, left in self._pairs:
-            terms *= left.largest_norm(top, len(tile_nC)) * factors.largest_norm
+        for left_nR, factors in pairs:
+            terms *= largest_norm(left_nR) * factors.largest_norm
             ranks += math.sqrt(len(factors.right_RC))
         return error + terms * ranks * FLOAT32_ERROR
 

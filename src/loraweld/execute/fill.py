@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -24,15 +25,16 @@ from loraweld.planning.merge_plan import Recipe
 
 
 class Filler:
-    """Makes the bytes of items; serves all threads. Editors of the last few tensors are kept."""
+    """Makes the bytes of items; serves all threads. Editors live while a thread uses them, the last two longer.
 
-    def __init__(
-        self, reader: Reader, *, num_editors: int, device: torch.device, allow_nonfinite: bool = False
-    ) -> None:
+    The next item goes on with a tensor of the last ones, which nobody may be using at this moment.
+    """
+
+    def __init__(self, reader: Reader, *, device: torch.device, allow_nonfinite: bool = False) -> None:
         self._reader = reader
         self._device = device
-        self._num_editors = num_editors
-        self._editors: OrderedDict[str, TensorEditor] = OrderedDict()
+        self._editors: WeakValueDictionary[str, TensorEditor] = WeakValueDictionary()
+        self._latest: deque[TensorEditor] = deque(maxlen=2)
         self._lock = Lock()
         self._findings = Findings(allow_nonfinite=allow_nonfinite)
         self._measured: dict[str, Sequence[float]] = {}
@@ -100,12 +102,12 @@ class Filler:
 
     def _editor(self, recipe: Recipe) -> TensorEditor:
         with self._lock:
-            editor = self._editors.pop(recipe.name, None) or TensorEditor(
-                recipe, self._reader, self._findings, device=self._device
-            )
-            self._editors[recipe.name] = editor
-            while len(self._editors) > self._num_editors:
-                self._editors.popitem(last=False)
+            editor = self._editors.get(recipe.name)
+            if editor is None:
+                editor = TensorEditor(recipe, self._reader, self._findings, device=self._device)
+                self._editors[recipe.name] = editor
+            if editor not in self._latest:
+                self._latest.append(editor)
             return editor
 
 
@@ -113,6 +115,7 @@ class _TensorWriter:
     """Computes the part of one tensor that lies in one item, for one window of it after the other."""
 
     def __init__(self, editor: TensorEditor, offset: int, item: Item, scratch: Scratch) -> None:
+        self._editor = editor  # lives as long as this does
         self._offset = offset  # of the tensor's first byte in the file
         self._row_bytes = editor.row_bytes
         self._unit_bytes = editor.item_bytes

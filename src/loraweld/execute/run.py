@@ -249,7 +249,6 @@ class _Run:
         torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
         return Filler(
             self._reader,
-            num_editors=self._plan.workers + 1,
             device=torch.device(self._plan.device),
             allow_nonfinite=self._plan.allow_nonfinite,
         )

@@ -75,7 +75,7 @@ def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
             f"max_memory is {request.max_memory_bytes} bytes, but tensor {matrix_name!r} needs {needed} at a time; "
             f"give --max-memory {needed // 10**6 + 1}MB"
         )
-    buffer = min(BUFFER_BYTES, left // workers) & ~(MIN_BUFFER_BYTES - 1)
+    buffer = min(_largest_buffer(factors), left // workers) & ~(MIN_BUFFER_BYTES - 1)
     return MemoryPlan(
         item_bytes=ITEM_BYTES,
         buffer_bytes=buffer,
@@ -85,6 +85,11 @@ def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
         + workers * (buffer + factors + tile)
         + _network_bytes(request, workers),
     )
+
+
+def _largest_buffer(factors: int) -> int:
+    """Large factors take their room from the buffers: with their products to compute, nothing waits for the disk."""
+    return BUFFER_BYTES if factors <= BUFFER_BYTES else BUFFER_BYTES // 2
 
 
 def _library_bytes(recipes: Iterable[Recipe]) -> int:
@@ -119,7 +124,7 @@ def _matrix_bytes(edit: Edit, source: Source) -> int:
 
 
 def _factor_bytes(recipe: Recipe) -> int:
-    """Float32 factors of a recipe: the side along the columns whole, the other for one item's rows."""
+    """Float32 factors of a recipe: the side along the columns whole, the other for two stretches of rows."""
     edits = list(unwrapped(recipe.edits))
     parts = [edit for edit in edits if isinstance(edit, OnRows)]
     whole = sum(_side_bytes(edit, recipe) for edit in edits if not isinstance(edit, OnRows))
@@ -141,7 +146,14 @@ def _side_bytes(edit: Edit, recipe: Recipe) -> int:
     if not isinstance(edit, _FACTORED):
         return 0
     pairs = 2 if isinstance(edit, Hadamard) else 1
-    return 4 * edit.rank * (recipe.source.cols + _item_rows(recipe)) * pairs
+    stretches = min(2 * stretch_rows(recipe.source.cols), _item_rows(recipe))
+    return 4 * edit.rank * (recipe.source.cols + stretches) * pairs
+
+
+def stretch_rows(num_cols: int) -> int:
+    """Return how many rows of a left factor are loaded at a time: whole tiles, and as many as a buffer takes."""
+    height = tile_height(num_cols)
+    return max(1, BUFFER_BYTES // 2 // (height * max(1, num_cols))) * height
 
 
 def tile_height(num_cols: int, unit_rows: int = 1) -> int:

@@ -294,7 +294,7 @@ def _dora(edit: Dora, source: Source, reader: Reader) -> Step:
 
 def _residual(edit: Residual, source: Source, reader: Reader) -> Step:
     factors = decompose(edit, source, reader)
-    left, right = factors.left(0, source.rows).rows(0, source.rows).double(), factors.right_RC.double()
+    left, right = factors.left(source.rows).rows(0, source.rows).double(), factors.right_RC.double()
     # The residual is rounded to the weight's own dtype: where float32 decides otherwise, that is a whole step.
     bits = {"BF16": 8, "F16": 11}.get(source.dtype, 24)
     largest = 0.0
