@@ -56,7 +56,7 @@ class Span(Protocol):
         """
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
-        """Return what the edit makes of K float64 values of its input at (rows, columns).
+        """Return what the edit makes of K float64 values of its input at (rows, columns), rows ascending.
 
         numpy, not torch: K is a handful, and numpy's cost of a call is a fraction of torch's.
         """
@@ -66,7 +66,7 @@ class Kernel(Protocol):
     """One edit of one tensor."""
 
     def span(self, start: int, stop: int) -> Span | None:
-        """Load what rows [start, stop) need; None if the edit does nothing there."""
+        """Return the edit of rows [start, stop), for one thread; None if it does nothing there."""
 
 
 def make_kernel(edit: Edit, source: Source, reader: Reader, device: torch.device) -> Kernel:

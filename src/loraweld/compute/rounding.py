@@ -40,7 +40,8 @@ class Rounder:
         `first` is the flat position of the tile's first element in its tensor.
 
         Returns:
-            The flat positions in the tile of elements that float32 may have wrong by too much; `exact` has the cure.
+            The flat positions in the tile of elements that float32 may have wrong by too much, ascending; `exact`
+            has the cure.
 
         Raises:
             NumericsError: a result is infinite or not a number, and that is not allowed.
