@@ -17,21 +17,22 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import loraweld.compute.rounding as rounding
+import loraweld.compute.editor as editor
 import loraweld.execute.run as run
 from loraweld import cli
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import EditSession
 from loraweld.compute.kernels import LowRankSpan
+from loraweld.execute.checksums import ItemChecksums
 from loraweld.sinks import system
 
 # Where each step is, and what it is called.
 STEPS: tuple[tuple[Any, str, str], ...] = (
     (Reader, "read_into", "read from the page cache"),
-    (LowRankSpan, "apply", "matrix products"),
-    (EditSession, "edited", "edit: read, widen to float32, matrix products"),
-    (rounding.Rounder, "round", "round, and find what is in doubt"),
+    (LowRankSpan, "term", "rows of the left factor"),
+    (editor, "add_rounded", "widen to float32, matrix products, round, find what is in doubt"),
     (EditSession, "repairs", "repair in float64"),
+    (ItemChecksums, "add", "CRC-32"),
     (system, "write_at", "write to the disk"),
     (system, "make_durable", "make durable"),
     (run._Run, "_ready_filler", "import torch"),

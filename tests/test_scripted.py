@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from inspect import isfunction
 from types import ModuleType
 
 import pytest
 import torch
 
+from loraweld.compute import low_rank, magnitudes
 from loraweld.compute import scripted as module
 from loraweld.compute.codecs import bnb4_encode, scale_search
 
@@ -20,6 +22,7 @@ def without_script(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Modul
     again = importlib.util.module_from_spec(spec)
     with monkeypatch.context() as patch:
         patch.delattr(torch.jit, "script")
+        patch.setitem(sys.modules, spec.name, again)  # where its dataclasses look for names
         spec.loader.exec_module(again)
     return again
 
@@ -60,3 +63,34 @@ def test_script_and_python_make_the_same_bits(blocks: int, monkeypatch: pytest.M
             sum_up[number](values.clamp(-1, 1), torch.full((blocks, 1), 2048.0), complexes, sums, piece)
             made.append((codes, largest, torch.view_as_real(sums)))
         assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("error", [0.0, 1e-4])
+def test_script_and_python_find_the_same(dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search among 16-bit values."""
+    python = without_script(magnitudes, monkeypatch)
+    assert isfunction(python._search) and not isfunction(magnitudes._search)
+    values = torch.randn(37, 640, generator=torch.Generator().manual_seed(1)).to(dtype)
+    one, other = magnitudes.search(values, error), python.search(values, error)
+    assert one[0] and other[0] and (one[1] == other[1]).all() and (len(one[1]) > 0) == (error > 0)
+
+
+@pytest.mark.parametrize("piece", [640, 5000, 1 << 19])
+def test_script_and_python_add_to_the_same_bits(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows plus two deltas, in pieces."""
+    python, draw = without_script(low_rank, monkeypatch), torch.Generator().manual_seed(2)
+    assert isfunction(python._add_rounded) and not isfunction(low_rank._add_rounded)
+    base = torch.randn(37, 640, generator=draw).bfloat16()
+    made = []
+    for one in (low_rank, python):
+        monkeypatch.setattr(one, "PIECE_ELEMENTS", piece)
+        terms = [
+            one.Term(torch.ones(37, 3), base[:3].float(), 0.5, 1e-4),
+            one.Term(base[:, :2].float(), base[:2].float(), 2.0, 0.0),
+        ]
+        out = torch.empty_like(base)
+        found = one.add_rounded(base, terms, out, one.PieceRoom())
+        made.append((out, found.finite, torch.from_numpy(found.doubtful), found.stored))
+    assert len(made[0][2]) > 0
+    assert all(torch.equal(torch.as_tensor(one), torch.as_tensor(other)) for one, other in zip(*made, strict=True))

@@ -14,8 +14,9 @@ import torch
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.codecs.decoder import Decoder, Rows, open_decoder
 from loraweld.compute.codecs.requantised import Difference, RequantisedDecoder
-from loraweld.compute.kernels import Ints, Kernel, Span, make_kernel
-from loraweld.compute.rounding import NONE
+from loraweld.compute.kernels import Ints, Kernel, LowRankSpan, Span, make_kernel
+from loraweld.compute.low_rank import PieceRoom, add_rounded
+from loraweld.compute.magnitudes import NONE
 from loraweld.compute.stochastic import make_rounder
 from loraweld.compute.tensors import as_tensor, item_size, torch_dtype
 from loraweld.compute.tiles import TileGrid
@@ -54,13 +55,17 @@ class Scratch:
 
     def __init__(self) -> None:
         self._values = torch.empty(0)
+        self._tile_nC = self._values.view(0, 1)
+        self.piece = PieceRoom()
         self._out = bytearray()
 
     def values(self, rows: int, cols: int) -> torch.Tensor:
         """Return a float32 tile (rows, cols) of undefined content."""
-        if self._values.numel() < rows * cols:
-            self._values = torch.empty(rows * cols)
-        return self._values[: rows * cols].view(rows, cols)
+        if self._tile_nC.shape != (rows, cols):
+            if self._values.numel() < rows * cols:
+                self._values = torch.empty(rows * cols)
+            self._tile_nC = self._values[: rows * cols].view(rows, cols)
+        return self._tile_nC
 
     def out(self, count: int) -> memoryview:
         """Return room for the output bytes of a tile that has no place of its own in the item's buffer."""
@@ -132,6 +137,7 @@ class EditSession:
         self._scratch = scratch
         allows = self._findings.allow_nonfinite and not editor.recipe.is_encoded  # codes have none
         self._rounder = make_rounder(torch_dtype(editor.recipe.dtype), editor.recipe.draw, allow_nonfinite=allows)
+        self._terms = _only_terms(spans) if self._rounder.to_nearest_bfloat16 else []
         self._cols = editor.recipe.source.cols
         self._positions: list[Ints] = []
         self._bases: list[torch.Tensor] = []
@@ -185,15 +191,32 @@ class EditSession:
             NumericsError: a result does not exist in the output dtype; names the tensor.
             CheckpointError: the source cannot be read.
         """
-        tile = self.edited(top, bottom)
         out_nC = as_tensor(out, self._recipe.dtype, (bottom - top, self._cols))
+        if not (self._terms and bottom <= self._source_rows and self._add(top, out_nC)):
+            self._edit(top, out_nC)
+
+    def _add(self, top: int, out_nC: torch.Tensor) -> bool:
+        """Write stored rows from `top` on plus deltas; return whether all results are finite."""
+        base_nC = self._read(top, top + len(out_nC))
+        terms = [span.term(top, len(out_nC)) for span in self._terms]
+        made = add_rounded(base_nC, terms, out_nC, self._scratch.piece)
+        if made.finite:
+            if len(made.doubtful):
+                self._remember(made.doubtful, made.stored, top)
+            self.note(out_nC, base_nC, sum(term.error for term in terms), self._wanted_of(top, top + len(out_nC)))
+        return made.finite
+
+    def _edit(self, top: int, out_nC: torch.Tensor) -> None:
+        """Write edited rows from `top` on."""
+        bottom = top + len(out_nC)
+        tile = self.edited(top, bottom)
         with self.named(f"rows {top} to {bottom - 1}"):
             doubtful = self._rounder.round(tile.values_nC, out_nC, tile.error, top * self._cols)
         if self._rounder.saw_nonfinite:
             self._findings.nonfinite.add(self._recipe.name)
         if len(doubtful):
-            self._remember(doubtful, tile.base_nC, top)
-        self.note(out_nC, tile, self._wanted_of(top, bottom))
+            self._remember(doubtful, _stored(tile.base_nC, doubtful), top)
+        self.note(out_nC, tile.base_nC, tile.error, self._wanted_of(top, bottom))
 
     def repairs(self) -> tuple[Ints, npt.NDArray[np.uint8]]:
         """Return the elements in doubt since the last call: places in the whole tensor, and their bytes, one row each.
@@ -217,13 +240,10 @@ class EditSession:
             values = span.exact(values, rows, cols)
         return values
 
-    def _remember(self, flat: Ints, base_nC: torch.Tensor, top: int) -> None:
-        """Keep the place and the stored value of elements in doubt; new rows are stored as nothing, 0."""
-        base = base_nC.view(-1)
-        if flat[-1] >= len(base):
-            base = torch.cat([base, base.new_zeros(int(flat[-1]) + 1 - len(base))])
+    def _remember(self, flat: Ints, stored: torch.Tensor, top: int) -> None:
+        """Keep the places, in the tile from `top` on, and the stored values of elements in doubt."""
         self._positions.append(flat + top * self._cols)
-        self._bases.append(base[torch.from_numpy(flat)])
+        self._bases.append(stored)
 
     @contextmanager
     def named(self, where: str) -> Iterator[None]:
@@ -232,11 +252,24 @@ class EditSession:
         except NumericsError as problem:
             raise NumericsError(f"tensor {self._recipe.name!r}, {where}: {problem}") from None
 
-    def note(self, out_nC: torch.Tensor, tile: Tile, rows: slice = slice(None)) -> None:
+    def note(self, out_nC: torch.Tensor, base_nC: torch.Tensor, error: float, rows: slice = slice(None)) -> None:
         """Note for the whole run whether there was a delta, and whether the output differs from the base in `rows`."""
         findings = self._findings
-        findings.had_delta |= tile.error > 0
+        findings.had_delta |= error > 0
         if self._spans and not findings.any_change:
-            out_nC, base_nC = out_nC[rows], tile.base_nC[rows]
+            out_nC, base_nC = out_nC[rows], base_nC[rows]
             same = out_nC.shape == base_nC.shape and torch.equal(out_nC, base_nC.to(out_nC.dtype))
             findings.any_change |= not same
+
+
+def _only_terms(spans: Sequence[Span]) -> list[LowRankSpan]:
+    """Return the low-rank deltas if rows are changed by nothing else."""
+    terms = [span for span in spans if isinstance(span, LowRankSpan)]
+    return terms if len(terms) == len(spans) else []
+
+
+def _stored(base_nC: torch.Tensor, flat: Ints) -> torch.Tensor:
+    """Return the stored values at flat positions; new rows are stored as nothing, 0."""
+    if flat[-1] >= base_nC.numel():
+        base_nC = torch.cat([base_nC.view(-1), base_nC.new_zeros(int(flat[-1]) + 1 - base_nC.numel())])
+    return base_nC.take(torch.from_numpy(flat))

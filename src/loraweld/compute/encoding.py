@@ -72,7 +72,7 @@ class WeightEncoding:
         codes = self._encoder.encode(top, tile.values_nC)
         if self._recipe.edits:
             stored_nC = self._encoder.decoded()
-            session.note(stored_nC, tile)
+            session.note(stored_nC, tile.base_nC, tile.error)
             self.fidelity.add(stored_nC.float(), tile.values_nC, tile.base_nC.float())
         return codes
 

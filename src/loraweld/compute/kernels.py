@@ -36,6 +36,7 @@ from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
 from loraweld.compute.codecs.decoder import Rows, open_decoder
 from loraweld.compute.factors import Factors, Left, decompose, largest_norm
+from loraweld.compute.low_rank import Term
 from loraweld.compute.tensors import read_rows, read_vector, torch_dtype
 from loraweld.compute.tiles import TileGrid
 from loraweld.compute.tuner_kernels import HadamardKernel, KroneckerKernel, ScaleKernel, SingularValuesKernel
@@ -124,11 +125,16 @@ class LowRankSpan:
         self._factors = factors
         self._scaling = scaling
 
-    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
-        left_nR, right_RC = self._left.rows(top, len(tile_nC)), self._factors.right_RC
-        tile_nC.addmm_(left_nR, right_RC, alpha=self._scaling)
+    def term(self, top: int, count: int) -> Term:
+        """Return the delta of `count` rows from `top` on."""
+        left_nR, right_RC = self._left.rows(top, count), self._factors.right_RC
         terms = abs(self._scaling) * largest_norm(left_nR) * self._factors.largest_norm
-        return error + terms * math.sqrt(max(1, len(right_RC))) * FLOAT32_ERROR
+        return Term(left_nR, right_RC, self._scaling, terms * math.sqrt(max(1, len(right_RC))) * FLOAT32_ERROR)
+
+    def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
+        term = self.term(top, len(tile_nC))
+        tile_nC.addmm_(term.left_nR, term.right_RC, alpha=term.scaling)
+        return error + term.error
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
         left_KR = self._left.pick(rows_K).astype(np.float64)

@@ -15,15 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraweld.compute.magnitudes import MANTISSA_BITS, NONE, Ints, are_finite, search
 from loraweld.errors import NumericsError
 
-MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
-_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 _FLOAT32_EPSILON = 2.0**-23
-Ints = npt.NDArray[np.int64]
-Bits = npt.NDArray[np.int16]
-_RUN = 512
-NONE = np.empty(0, dtype=np.int64)
 
 
 class Rounder:
@@ -33,6 +28,11 @@ class Rounder:
         self.dtype = dtype
         self.saw_nonfinite = False
         self._allows = allow_nonfinite
+
+    @property
+    def to_nearest_bfloat16(self) -> bool:
+        """Whether it rounds as `low_rank.add_rounded` does."""
+        return self.dtype == torch.bfloat16
 
     def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float, first: int = 0) -> Ints:
         """Write `tile_nC`, right within the absolute `error`, to `out_nC`, rounded once, to nearest even.
@@ -51,13 +51,13 @@ class Rounder:
             if not _is_finite(out_nC):
                 self._let_through(out_nC)
             return NONE
-        magnitudes = Magnitudes(out_nC)
-        if magnitudes.largest >= _INFINITY[self.dtype]:
+        finite, doubtful = search(out_nC, error)
+        if not finite:
             self._let_through(tile_nC)
             return NONE  # float32 is near enough for the other values of such a tile
         if self.dtype == torch.float16 and error:
             return _near_middle(tile_nC, self.dtype, error)
-        return magnitudes.in_doubt(error)
+        return doubtful
 
     def exact(self, values: npt.NDArray[np.float64], flat: Ints) -> torch.Tensor:
         """Return the exact values of elements at flat positions of the tensor, rounded as `round` does.
@@ -80,7 +80,7 @@ def round_exact(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Te
         NumericsError: a result is infinite or not a number.
     """
     rounded = round_once(values, dtype)
-    if not bool(torch.isfinite(rounded).all()):
+    if not are_finite(rounded):
         raise _not_finite(torch.from_numpy(values), dtype)
     return rounded
 
@@ -96,43 +96,6 @@ def round_once(values: npt.NDArray[np.float64], dtype: torch.dtype) -> torch.Ten
     too_far = np.abs(nearest) > np.abs(values)  # rounded away from zero: one step back truncates
     odd = (nearest.view(np.int32) - too_far) | lost
     return torch.from_numpy(odd.view(np.float32)).to(dtype)
-
-
-class Magnitudes:
-    """The bits of 16-bit floats without their signs, which order as absolute values do."""
-
-    def __init__(self, values_nC: torch.Tensor) -> None:
-        self._dtype = values_nC.dtype
-        self._bits: Bits = np.bitwise_and(values_nC.view(torch.int16).numpy().reshape(-1), np.int16(0x7FFF))
-
-    @property
-    def largest(self) -> int:
-        """The bits of the largest one, those of 0 if there is none."""
-        return int(self._bits.max(initial=0))
-
-    def in_doubt(self, error: float) -> Ints:
-        """Return the flat positions of values whose step may be smaller than about the absolute `error`."""
-        if not error:
-            return NONE
-        return self._below(_bits_above(error * 2.0 ** (MANTISSA_BITS[self._dtype] + 1), self._dtype))
-
-    def _below(self, limit: int) -> Ints:
-        """Few are: most runs of neighbours have none, and the minimum of a run costs a fraction of a copy."""
-        whole = len(self._bits) // _RUN * _RUN
-        runs = self._bits[:whole].reshape(-1, _RUN)
-        low = np.flatnonzero(torch.from_numpy(runs).amin(dim=1).numpy() < limit)
-        found, places = np.divmod(np.flatnonzero(runs[low] < limit), _RUN)
-        rest = np.flatnonzero(self._bits[whole:] < limit)
-        return np.concatenate([low[found] * _RUN + places, whole + rest])
-
-
-def _bits_above(value: float, dtype: torch.dtype) -> int:
-    """The bits of the 16-bit float next above a positive value."""
-    capped = np.float32(min(value, torch.finfo(dtype).max))
-    if dtype == torch.bfloat16:
-        return int(capped.view(np.uint32) >> 16) + 1
-    nearest = capped.astype(np.float16)
-    return int(nearest.view(np.int16)) + bool(nearest <= capped)
 
 
 def _near_middle(tile_nC: torch.Tensor, dtype: torch.dtype, error: float) -> Ints:

@@ -26,5 +26,5 @@ def scripted(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             return cast(Callable[Parameters, Result], script(function))
-        except (RuntimeError, TypeError, NotImplementedError):  # a Python that it does not know
+        except (RuntimeError, TypeError, NotImplementedError, OSError):  # a Python it does not know, no source at hand
             return function

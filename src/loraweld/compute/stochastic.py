@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loraweld.compute.magnitudes import MANTISSA_BITS, NONE, Ints, search
 from loraweld.compute.random_bits import PIECE_ELEMENTS, Random, RandomBits
-from loraweld.compute.rounding import MANTISSA_BITS, NONE, Ints, Magnitudes, Rounder, round_exact
+from loraweld.compute.rounding import Rounder, round_exact
 from loraweld.planning.merge_plan import Draw
 
 _MIN_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
@@ -43,6 +44,10 @@ class StochasticRounder(Rounder):
         self._added = np.empty(PIECE_ELEMENTS, dtype=np.uint16)
         self._sums = np.empty(PIECE_ELEMENTS, dtype=np.int32)
 
+    @property
+    def to_nearest_bfloat16(self) -> bool:
+        return False
+
     def round(self, tile_nC: torch.Tensor, out_nC: torch.Tensor, error: float, first: int = 0) -> Ints:
         values, out = tile_nC.view(-1), out_nC.view(-1)
         bits = values.view(torch.int32).numpy()
@@ -51,7 +56,7 @@ class StochasticRounder(Rounder):
             self._round_piece(bits[piece], out[piece], first + start)
         if len(bits) and _largest_magnitude(bits) > self._largest and not self._mend_largest(values, out):
             return NONE
-        return Magnitudes(out_nC).in_doubt(error)
+        return search(out_nC, error)[1]
 
     def exact(self, values: npt.NDArray[np.float64], flat: Ints) -> torch.Tensor:
         nearest = round_exact(values, self.dtype)

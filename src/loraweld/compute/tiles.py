@@ -26,13 +26,12 @@ class TileGrid:
 
     def tiles(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield (first row, row after the last) of each tile that overlaps rows [start, stop)."""
-        first = min(start // self.height, self._count - 1)
-        for index in range(first, self._count):
-            top = index * self.height
+        height, count = self.height, self._count
+        for index in range(min(start // height, count - 1), count):
+            top = index * height
             if top >= stop:
                 return
-            bottom = self.num_rows if index == self._count - 1 else top + self.height
-            yield top, bottom
+            yield top, self.num_rows if index == count - 1 else top + height
 
     @property
     def _count(self) -> int:

@@ -170,7 +170,8 @@ class _Bytes:
         """Copy what the other has of these bytes."""
         low, high = max(self.start, other.start), min(self.end, other.end)
         if low < high:
-            self.data[low - self.start : high - self.start] = other.data[low - other.start : high - other.start]
+            taken = np.frombuffer(other.data, dtype=np.uint8)[low - other.start : high - other.start]
+            np.frombuffer(self.data, dtype=np.uint8)[low - self.start : high - self.start] = taken
 
     def put(self, places: Ints, elements: npt.NDArray[np.uint8]) -> None:
         """Overwrite elements at these places of the file; byte by byte, since a border may cut one."""

@@ -27,7 +27,7 @@ from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
 
 # What a thread takes on, and the journal notes. At its ends tiles are cut, which two items then compute.
-ITEM_BYTES = 1 << 25
+ITEM_BYTES = 1 << 26
 # An item is written in portions of this size, down to the least where the budget is small.
 BUFFER_BYTES = 1 << 23
 MIN_BUFFER_BYTES = 1 << 20

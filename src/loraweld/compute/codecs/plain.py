@@ -6,7 +6,7 @@ import torch
 
 from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
-from loraweld.compute.tensors import as_tensor, item_size
+from loraweld.compute.tensors import as_tensor, item_size, torch_dtype
 
 
 class PlainDecoder:
@@ -28,11 +28,14 @@ class PlainRows:
         self._reader = reader
         self._row_bytes = source.cols * item_size(source.dtype)
         self._buffer = bytearray()
+        self._rows_nC = torch.empty((0, source.cols), dtype=torch_dtype(source.dtype))
 
     def read(self, top: int, bottom: int) -> torch.Tensor:
         source, count = self._source, (bottom - top) * self._row_bytes
         if len(self._buffer) < count:
             self._buffer = bytearray(count)
         data = memoryview(self._buffer)[:count]
+        if bottom - top != self._rows_nC.shape[0]:
+            self._rows_nC = as_tensor(data, source.dtype, (bottom - top, source.cols))
         self._reader.read_into(source.path, source.offset + top * self._row_bytes, data)
-        return as_tensor(data, source.dtype, (bottom - top, source.cols))
+        return self._rows_nC

@@ -1,0 +1,99 @@
+"""Rows plus low-rank deltas, rounded in one go: against float64, in pieces of any size."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from exact import BF16, rounded, steps_apart
+from loraweld.compute import low_rank
+from loraweld.compute.low_rank import PieceRoom, Sum, Term, add_rounded
+
+SHAPES = st.tuples(st.integers(1, 40), st.sampled_from([1, 3, 8, 64, 96, 513, 1024]))
+RANKS = st.lists(st.integers(0, 5), min_size=1, max_size=3)
+PIECES = st.sampled_from([1, 64, 1000, 1 << 19])
+
+
+def added(
+    base_nC: torch.Tensor, terms: list[Term], piece: int, room: PieceRoom | None = None
+) -> tuple[Sum, torch.Tensor]:
+    """Return what is made of the rows in pieces of about so many elements."""
+    out_nC = torch.full(base_nC.shape, math.nan, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(low_rank, "PIECE_ELEMENTS", piece)
+        return add_rounded(base_nC, terms, out_nC, room or PieceRoom()), out_nC
+
+
+def exact_sum(base_nC: torch.Tensor, terms: list[Term]) -> torch.Tensor:
+    """Return the sum in float64."""
+    return base_nC.double() + sum(term.scaling * (term.left_nR.double() @ term.right_RC.double()) for term in terms)
+
+
+@given(shape=SHAPES, ranks=RANKS, piece=PIECES, dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+@example(shape=(7, 8), ranks=[2], piece=24, dtype=torch.bfloat16)  # a last piece of one row
+def test_sums_that_float32_holds_are_rounded_once(
+    shape: tuple[int, int], ranks: list[int], piece: int, dtype: torch.dtype
+) -> None:
+    """Of small integers every sum is exact, so every bit is known, and nothing else is in doubt than asked for."""
+    rows, cols = shape
+    draw = torch.Generator().manual_seed(rows * cols + sum(ranks))
+
+    def whole(*size: int) -> torch.Tensor:
+        return torch.randint(-60, 61, size, generator=draw).float()
+
+    base_nC = whole(rows, cols).to(dtype)
+    terms = [
+        Term(whole(rows, rank), whole(rank, cols), 2.0 ** (index - 1), 2.0**-9) for index, rank in enumerate(ranks)
+    ]
+    made, out_nC = added(base_nC, terms, piece)
+    expected = rounded(exact_sum(base_nC, terms).numpy(), BF16)
+    assert made.finite
+    assert torch.equal(out_nC.view(torch.int16), expected.view(shape).view(torch.int16))
+    limit = sum(term.error for term in terms) * 2**8
+    small = np.flatnonzero(expected.view(-1).abs().double().numpy() < limit)
+    assert np.isin(small, made.doubtful).all()
+    assert (expected.view(-1)[made.doubtful].abs().double() <= limit).all()
+    assert (np.diff(made.doubtful) > 0).all()
+    assert torch.equal(made.stored, base_nC.view(-1)[made.doubtful])
+
+
+@given(rows=st.integers(2, 60), cols=st.sampled_from([64, 200, 1024]), rank=st.integers(1, 32), piece=PIECES)
+def test_sums_of_any_numbers_are_a_step_off_at_most(rows: int, cols: int, rank: int, piece: int) -> None:
+    """What is not in doubt is the nearest value, or next to it where float32 decides so; that is rare."""
+    draw = torch.Generator().manual_seed(rows * cols * rank)
+    base_nC = torch.randn(rows, cols, generator=draw).bfloat16()
+    left, right = torch.randn(rows, rank, generator=draw), torch.randn(rank, cols, generator=draw)
+    norms = float(left.norm(dim=1).max()) * float(right.norm(dim=0).max())
+    terms = [Term(left, right, 0.3, 0.3 * norms * math.sqrt(rank) * 2**-23)]
+    made, out_nC = added(base_nC, terms, piece)
+    steps = steps_apart(out_nC.view(-1), rounded(exact_sum(base_nC, terms).view(-1).numpy(), BF16))
+    steps[made.doubtful] = 0
+    assert made.finite and steps.abs().max() <= 1
+    assert steps.count_nonzero() <= 2 + 1e-3 * steps.numel()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38, -3.4e38])
+@pytest.mark.parametrize("place", [0, 700, 3 * 513 - 1])
+@pytest.mark.parametrize("piece", [64, 1 << 19])
+def test_a_result_that_is_not_finite_is_seen(value: float, place: int, piece: int) -> None:
+    """Wherever it lies, infinite only by the rounding too, in the same room as finite ones before and after."""
+    base_nC, room = torch.ones(3, 513), PieceRoom()
+    terms = [Term(torch.ones(3, 2), torch.ones(2, 513), 1.0, 1e-7)]
+    assert added(base_nC, terms, piece, room)[0].finite
+    base_nC.view(-1)[place] = value
+    assert not added(base_nC, terms, piece, room)[0].finite
+    assert added(torch.ones(3, 513), terms, piece, room)[0].finite
+
+
+def test_room_is_made_for_larger_rows() -> None:
+    """One room serves tensors of any shape, one after the other."""
+    room = PieceRoom()
+    for rows, cols in ((2, 8), (9, 8), (3, 64), (1, 1), (9, 8)):
+        base_nC = torch.ones(rows, cols)
+        made, out_nC = added(base_nC, [Term(torch.ones(rows, 1), torch.ones(1, cols), 2.0, 0.0)], 1 << 19, room)
+        assert made.finite and not len(made.doubtful) and bool((out_nC == 3).all())
