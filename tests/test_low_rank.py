@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from exact import BF16, rounded, steps_apart
 from loraweld.compute import low_rank
-from loraweld.compute.low_rank import PieceRoom, Sum, Term, add_rounded
+from loraweld.compute.editor import _stored
+from loraweld.compute.low_rank import PieceRoom, Rounded, Term, add_rounded
 
 SHAPES = st.tuples(st.integers(1, 40), st.sampled_from([1, 3, 8, 64, 96, 513, 1024]))
 RANKS = st.lists(st.integers(0, 5), min_size=1, max_size=3)
@@ -21,7 +22,7 @@ PIECES = st.sampled_from([1, 64, 1000, 1 << 19])
 
 def added(
     base_nC: torch.Tensor, terms: list[Term], piece: int, room: PieceRoom | None = None
-) -> tuple[Sum, torch.Tensor]:
+) -> tuple[Rounded, torch.Tensor]:
     """Return what is made of the rows in pieces of about so many elements."""
     out_nC = torch.full(base_nC.shape, math.nan, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
@@ -97,3 +98,19 @@ def test_room_is_made_for_larger_rows() -> None:
         base_nC = torch.ones(rows, cols)
         made, out_nC = added(base_nC, [Term(torch.ones(rows, 1), torch.ones(1, cols), 2.0, 0.0)], 1 << 19, room)
         assert made.finite and not len(made.doubtful) and bool((out_nC == 3).all())
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2],
+    ids=str,
+)
+def test_what_is_stored_is_found_whatever_its_dtype(dtype: torch.dtype) -> None:
+    """By the fast way and by the other, where new rows hold nothing."""
+    base_nC = torch.arange(32.0).view(4, 8).to(dtype)
+    terms = [Term(torch.zeros(4, 1), torch.zeros(1, 8), 1.0, 1.0)]
+    made, _ = added(base_nC, terms, 1 << 19)
+    values = base_nC.double().view(-1).tolist()
+    assert made.stored.double().tolist() == values
+    found = _stored(base_nC, np.array([0, 9, 31, 32, 40]))
+    assert found.dtype == dtype and found.double().tolist() == [values[0], values[9], values[31], 0, 0]

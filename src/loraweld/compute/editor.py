@@ -55,17 +55,14 @@ class Scratch:
 
     def __init__(self) -> None:
         self._values = torch.empty(0)
-        self._tile_nC = self._values.view(0, 1)
         self.piece = PieceRoom()
         self._out = bytearray()
 
     def values(self, rows: int, cols: int) -> torch.Tensor:
         """Return a float32 tile (rows, cols) of undefined content."""
-        if self._tile_nC.shape != (rows, cols):
-            if self._values.numel() < rows * cols:
-                self._values = torch.empty(rows * cols)
-            self._tile_nC = self._values[: rows * cols].view(rows, cols)
-        return self._tile_nC
+        if self._values.numel() < rows * cols:
+            self._values = torch.empty(rows * cols)
+        return self._values[: rows * cols].view(rows, cols)
 
     def out(self, count: int) -> memoryview:
         """Return room for the output bytes of a tile that has no place of its own in the item's buffer."""
@@ -269,7 +266,8 @@ def _only_terms(spans: Sequence[Span]) -> list[LowRankSpan]:
 
 
 def _stored(base_nC: torch.Tensor, flat: Ints) -> torch.Tensor:
-    """Return the stored values at flat positions; new rows are stored as nothing, 0."""
-    if flat[-1] >= base_nC.numel():
-        base_nC = torch.cat([base_nC.view(-1), base_nC.new_zeros(int(flat[-1]) + 1 - base_nC.numel())])
-    return base_nC.take(torch.from_numpy(flat))
+    """Return the stored values, of any dtype, at flat positions; new rows are stored as nothing, 0."""
+    base = base_nC.view(-1)
+    if flat[-1] >= len(base):
+        base = torch.cat([base, base.new_zeros(int(flat[-1]) + 1 - len(base))])
+    return base.index_select(0, torch.from_numpy(flat))  # take() knows no float8

@@ -30,7 +30,7 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
+class Rounded:
     """Whether all results are finite; flat positions of elements in doubt, ascending, and what is stored there."""
 
     finite: bool
@@ -42,23 +42,23 @@ class PieceRoom:
     """Memory for one piece, reused by one thread: its numbers in float32, and their order."""
 
     def __init__(self) -> None:
-        self._cols = 0
-        self.values_pC = torch.empty(0)
-        self.order_pC = torch.empty(0, dtype=torch.int16)
+        self.values_pC = torch.empty((0, 0))
+        self.order_pC = torch.empty((0, 0), dtype=torch.int16)
 
     def of(self, rows: int, cols: int) -> PieceRoom:
         """Return it with room for this many rows."""
-        if cols != self._cols or rows > len(self.values_pC):
-            self._cols = cols
+        held_rows, held_cols = self.values_pC.shape
+        if cols != held_cols or rows > held_rows:
             self.values_pC = torch.empty((rows, cols))
             self.order_pC = torch.empty((rows, cols), dtype=torch.int16)
         return self
 
 
-def add_rounded(base_nC: torch.Tensor, terms: Sequence[Term], out_nC: torch.Tensor, room: PieceRoom) -> Sum:
-    """Write stored rows plus `terms` to `out_nC` (bfloat16), rounded once to nearest even.
+def add_rounded(base_nC: torch.Tensor, terms: Sequence[Term], out_nC: torch.Tensor, room: PieceRoom) -> Rounded:
+    """Write stored rows (n, C), of any float dtype, plus `terms` to `out_nC` (n, C) in bfloat16, rounded once.
 
-    An element is in doubt if its step may be smaller than the error of the terms.
+    To nearest even, from sums in float32. There is at least one element. One is in doubt if its step may be smaller
+    than the error of the terms. Nothing is raised: what is not finite is written too, and said.
     """
     rows, cols = out_nC.shape
     shift, below = order_of(out_nC.dtype, sum(term.error for term in terms))
@@ -79,7 +79,7 @@ def add_rounded(base_nC: torch.Tensor, terms: Sequence[Term], out_nC: torch.Tens
         below,
         run_length(cols),
     )
-    return Sum(lowest >= shift, places.numpy(), stored)
+    return Rounded(lowest >= shift, places.numpy(), stored)
 
 
 @scripted

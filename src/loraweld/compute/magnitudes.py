@@ -23,7 +23,7 @@ _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in MANTISSA_BITS}
 # Infinity is the first to wrap, so zero is at the shift itself, and places in the order are even.
 _LOWEST, _HIGHEST = -0x8000, 0x7FFF
-_RUN = 512
+_RUN = 128  # the fewer, the less is looked at again where many are small
 _PIECE_ELEMENTS = 1 << 17  # whose places in the order stay near the core
 Ints = npt.NDArray[np.int64]
 NONE = np.empty(0, dtype=np.int64)

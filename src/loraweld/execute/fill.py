@@ -170,6 +170,7 @@ class _Bytes:
         """Copy what the other has of these bytes."""
         low, high = max(self.start, other.start), min(self.end, other.end)
         if low < high:
+            # By numpy, which lets other threads run meanwhile.
             taken = np.frombuffer(other.data, dtype=np.uint8)[low - other.start : high - other.start]
             np.frombuffer(self.data, dtype=np.uint8)[low - self.start : high - self.start] = taken
 

@@ -75,9 +75,10 @@ def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
             f"max_memory is {request.max_memory_bytes} bytes, but tensor {matrix_name!r} needs {needed} at a time; "
             f"give --max-memory {needed // 10**6 + 1}MB"
         )
-    buffer = min(_largest_buffer(factors), left // workers) & ~(MIN_BUFFER_BYTES - 1)
+    item, largest_buffer = _largest_sizes(factors)
+    buffer = min(largest_buffer, left // workers) & ~(MIN_BUFFER_BYTES - 1)
     return MemoryPlan(
-        item_bytes=ITEM_BYTES,
+        item_bytes=item,
         buffer_bytes=buffer,
         workers=workers,
         peak_bytes=_library_bytes(recipes)
@@ -87,9 +88,13 @@ def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
     )
 
 
-def _largest_buffer(factors: int) -> int:
-    """Large factors take their room from the buffers: with their products to compute, nothing waits for the disk."""
-    return BUFFER_BYTES if factors <= BUFFER_BYTES else BUFFER_BYTES // 2
+def _largest_sizes(factors: int) -> tuple[int, int]:
+    """Return the sizes of an item and of a buffer, half of each beside large factors.
+
+    With their products to compute, nothing waits for the disk, so they take their room from the buffers. And the items
+    that are made at a time touch the fewer tensors, each with its factors, the smaller they are.
+    """
+    return (ITEM_BYTES, BUFFER_BYTES) if factors <= BUFFER_BYTES else (ITEM_BYTES // 2, BUFFER_BYTES // 2)
 
 
 def _library_bytes(recipes: Iterable[Recipe]) -> int:
