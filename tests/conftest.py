@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import scenes
 from gguf_models import FAKE_CONVERTER
@@ -21,6 +22,10 @@ from loraweld.planning.merge_plan import MergePlan
 from loraweld.request import WHOLE_METHODS, MergeRequest
 from s3_server import Store, s3_store
 from scenes import Scene, undisturbed_merge
+
+# No limit on the time of an example: the machine may be busy.
+settings.register_profile("loraweld", deadline=None)
+settings.load_profile("loraweld")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from exact import Format
@@ -17,10 +16,6 @@ Entry = tuple[str, str, tuple[int, ...]]  # name, dtype code, shape
 # Any name that UTF-8 can hold; `__metadata__` is not a tensor.
 NAMES = st.text(max_size=12).filter(lambda name: name != "__metadata__")
 METADATA = st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)
-
-# No limit on the time of an example: the machine may be busy.
-settings.register_profile("loraweld", deadline=None)
-settings.load_profile("loraweld")
 
 
 @st.composite

@@ -17,16 +17,19 @@ from loraweld.compute.low_rank import PieceRoom, Rounded, Term, add_rounded
 
 SHAPES = st.tuples(st.integers(1, 40), st.sampled_from([1, 3, 8, 64, 96, 513, 1024]))
 RANKS = st.lists(st.integers(0, 5), min_size=1, max_size=3)
-PIECES = st.sampled_from([1, 64, 1000, 1 << 19])
+# Elements of a piece, and of the right factors that one takes: rows, columns, and both.
+PIECES = st.tuples(st.sampled_from([1, 64, 1000, 1 << 19]), st.sampled_from([1, 300, 1 << 18]))
+WHOLE = 1 << 19, 1 << 18
 
 
 def added(
-    base_nC: torch.Tensor, terms: list[Term], piece: int, room: PieceRoom | None = None
+    base_nC: torch.Tensor, terms: list[Term], piece: tuple[int, int], room: PieceRoom | None = None
 ) -> tuple[Rounded, torch.Tensor]:
-    """Return what is made of the rows in pieces of about so many elements."""
+    """Return what is made of the rows in pieces of about this size."""
     out_nC = torch.full(base_nC.shape, math.nan, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(low_rank, "PIECE_ELEMENTS", piece)
+        patch.setattr(low_rank, "PIECE_ELEMENTS", piece[0])
+        patch.setattr(low_rank, "RIGHT_ELEMENTS", piece[1])
         return add_rounded(base_nC, terms, out_nC, room or PieceRoom()), out_nC
 
 
@@ -36,9 +39,11 @@ def exact_sum(base_nC: torch.Tensor, terms: list[Term]) -> torch.Tensor:
 
 
 @given(shape=SHAPES, ranks=RANKS, piece=PIECES, dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-@example(shape=(7, 8), ranks=[2], piece=24, dtype=torch.bfloat16)  # a last piece of one row
+@example(shape=(7, 8), ranks=[2], piece=(24, 1 << 18), dtype=torch.bfloat16)  # a last piece of one row
+@example(shape=(4, 3), ranks=[2], piece=(8, 4), dtype=torch.bfloat16)  # of one column
+@example(shape=(7, 1024), ranks=[3], piece=(1000, 1200), dtype=torch.bfloat16)  # of fewer rows and of fewer columns
 def test_sums_that_float32_holds_are_rounded_once(
-    shape: tuple[int, int], ranks: list[int], piece: int, dtype: torch.dtype
+    shape: tuple[int, int], ranks: list[int], piece: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """Of small integers every sum is exact, so every bit is known, and nothing else is in doubt than asked for."""
     rows, cols = shape
@@ -64,7 +69,7 @@ def test_sums_that_float32_holds_are_rounded_once(
 
 
 @given(rows=st.integers(2, 60), cols=st.sampled_from([64, 200, 1024]), rank=st.integers(1, 32), piece=PIECES)
-def test_sums_of_any_numbers_are_a_step_off_at_most(rows: int, cols: int, rank: int, piece: int) -> None:
+def test_sums_of_any_numbers_are_a_step_off_at_most(rows: int, cols: int, rank: int, piece: tuple[int, int]) -> None:
     """What is not in doubt is the nearest value, or next to it where float32 decides so; that is rare."""
     draw = torch.Generator().manual_seed(rows * cols * rank)
     base_nC = torch.randn(rows, cols, generator=draw).bfloat16()
@@ -80,8 +85,8 @@ def test_sums_of_any_numbers_are_a_step_off_at_most(rows: int, cols: int, rank: 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38, -3.4e38])
 @pytest.mark.parametrize("place", [0, 700, 3 * 513 - 1])
-@pytest.mark.parametrize("piece", [64, 1 << 19])
-def test_a_result_that_is_not_finite_is_seen(value: float, place: int, piece: int) -> None:
+@pytest.mark.parametrize("piece", [(64, 1 << 18), (64, 1), WHOLE])
+def test_a_result_that_is_not_finite_is_seen(value: float, place: int, piece: tuple[int, int]) -> None:
     """Wherever it lies, infinite only by the rounding too, in the same room as finite ones before and after."""
     base_nC, room = torch.ones(3, 513), PieceRoom()
     terms = [Term(torch.ones(3, 2), torch.ones(2, 513), 1.0, 1e-7)]
@@ -96,7 +101,7 @@ def test_room_is_made_for_larger_rows() -> None:
     room = PieceRoom()
     for rows, cols in ((2, 8), (9, 8), (3, 64), (1, 1), (9, 8)):
         base_nC = torch.ones(rows, cols)
-        made, out_nC = added(base_nC, [Term(torch.ones(rows, 1), torch.ones(1, cols), 2.0, 0.0)], 1 << 19, room)
+        made, out_nC = added(base_nC, [Term(torch.ones(rows, 1), torch.ones(1, cols), 2.0, 0.0)], WHOLE, room)
         assert made.finite and not len(made.doubtful) and bool((out_nC == 3).all())
 
 
@@ -109,7 +114,7 @@ def test_what_is_stored_is_found_whatever_its_dtype(dtype: torch.dtype) -> None:
     """By the fast way and by the other, where new rows hold nothing."""
     base_nC = torch.arange(32.0).view(4, 8).to(dtype)
     terms = [Term(torch.zeros(4, 1), torch.zeros(1, 8), 1.0, 1.0)]
-    made, _ = added(base_nC, terms, 1 << 19)
+    made, _ = added(base_nC, terms, WHOLE)
     values = base_nC.double().view(-1).tolist()
     assert made.stored.double().tolist() == values
     found = _stored(base_nC, np.array([0, 9, 31, 32, 40]))

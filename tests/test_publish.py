@@ -350,3 +350,17 @@ def check_file_was_durable(events: list[Event], inode: int, size: int) -> None:
     """The last thing that happens to a file is a sync at its final size."""
     last = [event for event in events if event.inode == inode][-1]
     assert (last.kind, last.size) == ("synced", size)
+
+
+def test_a_direct_write_begins_at_a_block(tmp_path: Path) -> None:
+    """Else it would follow a block that was filled up with zeros: a piece of the file would be lost without a word."""
+    import fcntl
+
+    descriptor = system.open_for_writing(tmp_path / "file", 3 * system.BLOCK_BYTES)
+    if not getattr(os, "O_DIRECT", 0) & fcntl.fcntl(descriptor, fcntl.F_GETFL):
+        pytest.skip("NO DIRECT WRITE IS TRIED: the file system of the temporary folder has none")
+    buffer = memoryview(system.aligned_buffer(system.BLOCK_BYTES))
+    with pytest.raises(ValueError, match="a direct write at 2048"):
+        system.write_at(descriptor, buffer, 2048, 2048)
+    system.write_at(descriptor, buffer, system.BLOCK_BYTES, 2048)
+    os.close(descriptor)

@@ -76,15 +76,16 @@ def test_script_and_python_find_the_same(dtype: torch.dtype, error: float, monke
     assert one[0] and other[0] and (one[1] == other[1]).all() and (len(one[1]) > 0) == (error > 0)
 
 
-@pytest.mark.parametrize("piece", [640, 5000, 1 << 19])
-def test_script_and_python_add_to_the_same_bits(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece", [(640, 1 << 18), (5000, 700), (1 << 19, 1 << 18)])
+def test_script_and_python_add_to_the_same_bits(piece: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows plus two deltas, in pieces."""
     python, draw = without_script(low_rank, monkeypatch), torch.Generator().manual_seed(2)
     assert isfunction(python._add_rounded) and not isfunction(low_rank._add_rounded)
     base = torch.randn(37, 640, generator=draw).bfloat16()
     made = []
     for one in (low_rank, python):
-        monkeypatch.setattr(one, "PIECE_ELEMENTS", piece)
+        monkeypatch.setattr(one, "PIECE_ELEMENTS", piece[0])
+        monkeypatch.setattr(one, "RIGHT_ELEMENTS", piece[1])
         terms = [
             one.Term(torch.ones(37, 3), base[:3].float(), 0.5, 1e-4),
             one.Term(base[:, :2].float(), base[:2].float(), 2.0, 0.0),

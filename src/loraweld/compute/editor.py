@@ -23,7 +23,9 @@ from loraweld.compute.tiles import TileGrid
 from loraweld.errors import NumericsError
 from loraweld.planning.merge_plan import Recipe
 
-_EXACT_ELEMENTS = 1 << 9  # at a time: each takes two rows of factors in float64
+# Computed exactly at a time: each takes two rows of factors in float64, which stay near the core. Not a power of two,
+# at whose strides they would drive each other out of it.
+_EXACT_ELEMENTS = 250
 
 
 @dataclass(slots=True)

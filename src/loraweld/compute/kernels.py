@@ -138,8 +138,8 @@ class LowRankSpan:
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
         left_KR = self._left.pick(rows_K).astype(np.float64)
-        right_RK = self._factors.right[:, cols_K].astype(np.float64)
-        delta_K: Floats = np.einsum("kr,rk->k", left_KR, right_RK)
+        right_KR = self._factors.right[:, cols_K].T.astype(np.float64, order="C")
+        delta_K: Floats = np.einsum("kr,kr->k", left_KR, right_KR)
         return values_K + self._scaling * delta_K
 
 

@@ -1,9 +1,11 @@
 """Rows plus low-rank deltas, rounded to bfloat16: what nearly every merge does to nearly every row, in one go.
 
 A tile is done in pieces that stay near the core, from its numbers in float32 to the search for elements in doubt, and
-in one function without the interpreter's lock: threads that take it for each operation wait for each other.
+in one function without the interpreter's lock: threads that take it for each operation wait for each other. A piece is
+some whole rows, but at a high rank some columns of more rows: a product lays out the right factor's columns anew each
+time, which many rows must be worth, and goes through them again and again.
 
-Shape letters: n = rows of a tile, C = columns, R = rank, p = rows of a piece.
+Shape letters: n = rows of a tile, C = columns, R = rank, p = elements of a piece, r = runs of neighbours in a row.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from loraweld.compute.magnitudes import Ints, lower_than, order_of, run_length, 
 from loraweld.compute.scripted import scripted
 
 PIECE_ELEMENTS = 1 << 19
+RIGHT_ELEMENTS = 1 << 18  # of the right factors, those in the columns of a piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +45,14 @@ class PieceRoom:
     """Memory for one piece, reused by one thread: its numbers in float32, and their order."""
 
     def __init__(self) -> None:
-        self.values_pC = torch.empty((0, 0))
-        self.order_pC = torch.empty((0, 0), dtype=torch.int16)
+        self.values_p = torch.empty(0)
+        self.order_p = torch.empty(0, dtype=torch.int16)
 
-    def of(self, rows: int, cols: int) -> PieceRoom:
-        """Return it with room for this many rows."""
-        held_rows, held_cols = self.values_pC.shape
-        if cols != held_cols or rows > held_rows:
-            self.values_pC = torch.empty((rows, cols))
-            self.order_pC = torch.empty((rows, cols), dtype=torch.int16)
+    def of(self, count: int) -> PieceRoom:
+        """Return it with room for this many elements."""
+        if len(self.values_p) < count:
+            self.values_p = torch.empty(count)
+            self.order_p = torch.empty(count, dtype=torch.int16)
         return self
 
 
@@ -62,9 +64,11 @@ def add_rounded(base_nC: torch.Tensor, terms: Sequence[Term], out_nC: torch.Tens
     """
     rows, cols = out_nC.shape
     shift, below = order_of(out_nC.dtype, sum(term.error for term in terms))
-    pieces = -(-rows * cols // PIECE_ELEMENTS)
-    height = -(-rows // pieces)
-    room = room.of(height, cols)
+    run = run_length(cols)
+    rank = max(1, sum(len(term.right_RC) for term in terms))
+    width = min(cols, max(1, RIGHT_ELEMENTS // (rank * run)) * run)
+    height = min(rows, max(1, PIECE_ELEMENTS // width))
+    room = room.of(height * width)
     lowest, places, stored = _add_rounded(
         base_nC,
         [term.left_nR for term in terms],
@@ -72,12 +76,13 @@ def add_rounded(base_nC: torch.Tensor, terms: Sequence[Term], out_nC: torch.Tens
         [term.scaling for term in terms],
         out_nC,
         out_nC.view(torch.int16),
-        room.values_pC,
-        room.order_pC,
+        room.values_p,
+        room.order_p,
         height,
+        width,
         shift,
         below,
-        run_length(cols),
+        run,
     )
     return Rounded(lowest >= shift, places.numpy(), stored)
 
@@ -90,24 +95,28 @@ def _add_rounded(
     scaling: list[float],
     out_nC: torch.Tensor,
     bits_nC: torch.Tensor,
-    values_pC: torch.Tensor,
-    order_pC: torch.Tensor,
+    values_p: torch.Tensor,
+    order_p: torch.Tensor,
     height: int,
+    width: int,
     shift: int,
     below: int,
     run: int,
 ) -> tuple[int, torch.Tensor, torch.Tensor]:
     """Return the lowest place in the order, the flat positions of elements in doubt, and what is stored there."""
     rows, cols = out_nC.size(0), out_nC.size(1)
-    least_r = torch.empty([rows * cols // run], dtype=torch.int16)
+    least_nr = torch.empty([rows, cols // run], dtype=torch.int16)
     for top in range(0, rows, height):
         bottom = min(rows, top + height)
-        values = values_pC[: bottom - top]
-        values.copy_(base_nC[top:bottom])
-        for index in range(len(left)):
-            values.addmm_(left[index][top:bottom], right[index], alpha=scaling[index])
-        out_nC[top:bottom].copy_(values)
-        least = least_r[top * cols // run : bottom * cols // run]
-        write_least(bits_nC[top:bottom].view(-1), shift, order_pC[: bottom - top].view(-1), least)
-    places = lower_than(below, bits_nC.view(-1), shift, least_r)
-    return int(least_r.min()), places, base_nC.view(-1).index_select(0, places)
+        for first in range(0, cols, width):
+            last = min(cols, first + width)
+            count = (bottom - top) * (last - first)
+            values = values_p[:count].view(bottom - top, -1)
+            values.copy_(base_nC[top:bottom, first:last])
+            for index in range(len(left)):
+                values.addmm_(left[index][top:bottom], right[index][:, first:last], alpha=scaling[index])
+            out_nC[top:bottom, first:last].copy_(values)
+            least = least_nr[top:bottom, first // run : last // run]
+            write_least(bits_nC[top:bottom, first:last], shift, order_p[:count].view(bottom - top, -1), least)
+    places = lower_than(below, bits_nC.view(-1), shift, least_nr.view(-1))
+    return int(least_nr.min()), places, base_nC.view(-1).index_select(0, places)

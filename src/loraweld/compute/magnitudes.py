@@ -56,10 +56,10 @@ def run_length(count: int) -> int:
 
 
 @scripted
-def write_least(bits_n: torch.Tensor, shift: int, order_n: torch.Tensor, least_r: torch.Tensor) -> None:
-    """Write the place of each value in the order, and the least of each run."""
-    torch.add(torch.tensor(shift, dtype=torch.int16), bits_n, alpha=2, out=order_n)
-    torch.amin(order_n.view(least_r.size(0), -1), [1], out=least_r)
+def write_least(bits_nC: torch.Tensor, shift: int, order_nC: torch.Tensor, least_nr: torch.Tensor) -> None:
+    """Write the place of each value in the order, and the least of each run of a row."""
+    torch.add(torch.tensor(shift, dtype=torch.int16), bits_nC, alpha=2, out=order_nC)
+    torch.amin(order_nC.view(least_nr.size(0), least_nr.size(1), -1), [2], out=least_nr)
 
 
 @scripted
@@ -75,13 +75,14 @@ def lower_than(below: int, bits_n: torch.Tensor, shift: int, least_r: torch.Tens
 @scripted
 def _search(bits_nC: torch.Tensor, shift: int, below: int, run: int, piece: int) -> tuple[int, torch.Tensor]:
     """Return the lowest place in the order, and the flat positions of those lower than `below`."""
-    bits_n = bits_nC.view(-1)
-    order_p = torch.empty([piece], dtype=torch.int16)
-    least_r = torch.empty([bits_n.size(0) // run], dtype=torch.int16)
-    for start in range(0, bits_n.size(0), piece):
-        stop = min(bits_n.size(0), start + piece)
-        write_least(bits_n[start:stop], shift, order_p[: stop - start], least_r[start // run : stop // run])
-    return int(least_r.min()), lower_than(below, bits_n, shift, least_r)
+    bits_1n = bits_nC.view(1, -1)
+    count = bits_1n.size(1)
+    order_1p = torch.empty([1, piece], dtype=torch.int16)
+    least_1r = torch.empty([1, count // run], dtype=torch.int16)
+    for start in range(0, count, piece):
+        stop = min(count, start + piece)
+        write_least(bits_1n[:, start:stop], shift, order_1p[:, : stop - start], least_1r[:, start // run : stop // run])
+    return int(least_1r.min()), lower_than(below, bits_1n.view(-1), shift, least_1r.view(-1))
 
 
 def are_finite(values: torch.Tensor) -> bool:

@@ -36,6 +36,9 @@ LIBRARY_BYTES = 260 << 20
 # Rows are edited in tiles of about this many elements: large enough that the cost of calls does not show (half as many
 # took 10 % longer, as threads wait for Python's lock at each), small enough to stay near the core.
 TILE_ELEMENTS = 1 << 20
+# A product lays out its part of the right factor anew: half of the time at rank 256 where only 70 rows use it. But no
+# tile is larger than this for it.
+TILE_ROWS, MAX_TILE_ELEMENTS = 128, 1 << 21
 # Float32 copies of a weight that PEFT's layers hold while they are made and merged, measured on 3000 × 3000: 2 to 9
 # with most tuners, 15 with FRoD, which computes in float64; and ours before and after. PEFT itself takes memory too.
 PEFT_COPIES = 12
@@ -75,10 +78,9 @@ def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
             f"max_memory is {request.max_memory_bytes} bytes, but tensor {matrix_name!r} needs {needed} at a time; "
             f"give --max-memory {needed // 10**6 + 1}MB"
         )
-    item, largest_buffer = _largest_sizes(factors)
-    buffer = min(largest_buffer, left // workers) & ~(MIN_BUFFER_BYTES - 1)
+    buffer = min(BUFFER_BYTES, left // workers) & ~(MIN_BUFFER_BYTES - 1)
     return MemoryPlan(
-        item_bytes=item,
+        item_bytes=ITEM_BYTES,
         buffer_bytes=buffer,
         workers=workers,
         peak_bytes=_library_bytes(recipes)
@@ -86,15 +88,6 @@ def plan_memory(request: MergeRequest, recipes: Sequence[Recipe]) -> MemoryPlan:
         + workers * (buffer + factors + tile)
         + _network_bytes(request, workers),
     )
-
-
-def _largest_sizes(factors: int) -> tuple[int, int]:
-    """Return the sizes of an item and of a buffer, half of each beside large factors.
-
-    With their products to compute, nothing waits for the disk, so they take their room from the buffers. And the items
-    that are made at a time touch the fewer tensors, each with its factors, the smaller they are.
-    """
-    return (ITEM_BYTES, BUFFER_BYTES) if factors <= BUFFER_BYTES else (ITEM_BYTES // 2, BUFFER_BYTES // 2)
 
 
 def _library_bytes(recipes: Iterable[Recipe]) -> int:
@@ -163,7 +156,8 @@ def stretch_rows(num_cols: int) -> int:
 
 def tile_height(num_cols: int, unit_rows: int = 1) -> int:
     """Return the rows of a tile, a multiple of `unit_rows`."""
-    height = max(2, TILE_ELEMENTS // max(1, num_cols))
+    cols = max(1, num_cols)
+    height = max(2, TILE_ELEMENTS // cols, min(TILE_ROWS, MAX_TILE_ELEMENTS // cols))
     return max(unit_rows, height // unit_rows * unit_rows)
 
 

@@ -82,8 +82,13 @@ def write_at(descriptor: int, buffer: memoryview, offset: int, count: int) -> No
 
     A direct descriptor needs an aligned buffer and an offset that is a multiple of the block size; then a last
     partial block is written whole, and `finish` cuts the file to its size.
+
+    Raises:
+        ValueError: a direct write would begin within a block, which the one before it has filled up with zeros.
     """
     direct = hasattr(os, "O_DIRECT") and _is_direct(descriptor)
+    if direct and offset % BLOCK_BYTES:
+        raise ValueError(f"a direct write at {offset}, expected a multiple of {BLOCK_BYTES}")
     end = min(_round_up(count), len(buffer)) if direct else count
     if end > count:
         buffer[count:end] = bytes(end - count)
