@@ -9,15 +9,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fakes import Event, Recorder, contents, fail_at_call
-from loraweld.errors import OutputError
+from loraweld import record
+from loraweld.errors import CheckpointError, OutputError
 from loraweld.sinks import system
 from loraweld.sinks.folder import FolderSink
 from scenes import Scene
@@ -125,6 +128,39 @@ def test_a_write_that_fails_can_be_continued(
     again = scene.merge()
     scene.check_finished()
     assert again.resumed_bytes > 0 or (verb, call) not in {("write_at", 17), ("make_durable", 4), ("finish", 1)}
+
+
+def test_weights_are_written_while_the_adapter_is_hashed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash of a large adapter takes seconds; only what notes or compares it waits."""
+    writing, file_sha256, write_at = threading.Event(), record.file_sha256, FolderSink.write_at
+
+    def slow(path: Path) -> str:
+        assert writing.wait(60)
+        return file_sha256(path)
+
+    def tell(sink: FolderSink, *place: Any) -> None:
+        writing.set()
+        write_at(sink, *place)
+
+    monkeypatch.setattr(record, "file_sha256", slow)
+    monkeypatch.setattr(FolderSink, "write_at", tell)
+    scene.merge()
+    scene.check_finished()
+
+
+def test_an_adapter_that_cannot_be_hashed_ends_the_merge(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though weights are written by then: nothing appears, nothing is left."""
+
+    def failing(path: Path) -> str:
+        raise CheckpointError("cannot be read: Input/output error", path=path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "file_sha256", failing)
+        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: cannot be read"):
+            scene.merge()
+    assert list(scene.out.parent.iterdir()) == []
+    scene.merge()
+    scene.check_finished()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loraweld.checkpoint.origins import place_of
 from loraweld.checkpoint.stored import IdentitiesNow, file_identity
 from loraweld.checkpoint.url import shown
 from loraweld.errors import CheckpointError, LoraweldError, OutputError
+from loraweld.execute.background import begun
 from loraweld.execute.run import RunResult, fidelity_of, run_plan
 from loraweld.export.pipeline import beside_export
 from loraweld.hub.card import CardFacts, card_text
@@ -109,11 +111,14 @@ def _send(work: Delivery, repository: Repository) -> MergeReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """A plan on its way to its output; `check` refuses a finished model that is not what was asked for."""
+    """A plan on its way to its output; `check` refuses a finished model that is not what was asked for.
+
+    The adapters are hashed for the record while the merge begins: whoever needs the record waits.
+    """
 
     request: MergeRequest
     made: MergePlan
-    record: Mapping[str, Any] | None
+    record: Callable[[], Mapping[str, Any]] | None
     card: CardFacts | None
     progress: Progress
     complete: Complete | None
@@ -138,7 +143,7 @@ class Delivery:
         return cls(
             request=request,
             made=made,
-            record=make_record(made, facts) if facts else None,
+            record=begun(partial(make_record, made, facts)) if facts else None,
             card=card,
             progress=progress,
             complete=complete,
@@ -151,8 +156,7 @@ class Delivery:
     def to_folder(self) -> MergeReport:
         """Find the output finished, compare it, or write it."""
         request, made = self.request, self.made
-        identity = self.identity()
-        if (published := finish_published(request.output, identity=identity)) is not None:
+        if (published := finish_published(request.output, identity=self.identity)) is not None:
             if self.check is not None:  # the run that was killed may not have been asked for it
                 self.check(made.output)
             return self.report_published(published)
@@ -168,7 +172,7 @@ class Delivery:
         self.check_disk(made.disk_bytes)
         with open_folder_sink(
             request.output,
-            identity=identity,
+            identity=self.identity,
             resume=request.resume,
             overwrite=request.overwrite,
             model_folder=made.model_folder,
@@ -189,7 +193,7 @@ class Delivery:
 
         with open_folder_sink(
             request.output,
-            identity=self.identity(),
+            identity=self.identity,
             resume=request.resume,
             overwrite=False,
             kind=hub_sink,
@@ -249,7 +253,7 @@ class Delivery:
         Raises:
             OutputError: it is something else.
         """
-        if self.record is not None and not is_record(self.made.output / RECORD_NAME, self.record):
+        if self.record is not None and not is_record(self.made.output / RECORD_NAME, self.record()):
             raise OutputError(TAKEN, path=self.made.output)
 
     def _run(self, sink: Any) -> RunFacts:
@@ -276,7 +280,7 @@ class Delivery:
             texts[CARD_NAME] = card_text(self.card, fidelity_lines(_weights(self.made, result.noted)))
         if self.record is not None:
             # Those of tensors that are only on the way to another format would say nothing of the output.
-            texts[RECORD_NAME] = record_text(self.record, {} if self.made.export else result.checksums())
+            texts[RECORD_NAME] = record_text(self.record(), {} if self.made.export else result.checksums())
         return texts
 
     def check_disk(self, needed: int) -> None:
@@ -297,7 +301,7 @@ class Delivery:
         hub = self.request.hub
         place: object = (hub.repo_id, hub.revision, hub.create_pr) if hub is not None and self.streams else None
         place = self.request.store or place
-        record = record_text(self.record, {}) if self.record is not None else None
+        record = record_text(self.record(), {}) if self.record is not None else None
         digest = hashlib.sha256(f"{self.made.fingerprint}\0{record}\0{place}".encode())
         for one in (*self.made.inputs, *self.copied):
             digest.update(repr(one.identity).encode())

@@ -135,7 +135,7 @@ class _Extraction:
             aside = put_aside(compared.weights, changed)
             self._check_allowed(aside)
             with open_folder_sink(
-                request.output, identity="extract", resume=False, overwrite=request.overwrite
+                request.output, identity=lambda: "extract", resume=False, overwrite=request.overwrite
             ) as sink:
                 num_bytes = self._fill(sink, aside)
         finally:

@@ -22,7 +22,7 @@ from pathlib import Path
 from loraweld.checkpoint.mounted import mounted
 from loraweld.errors import OutputError
 from loraweld.sinks import system
-from loraweld.sinks.journal import Journal, Noted, PartJournal, folder_number, read_journal
+from loraweld.sinks.journal import Identity, Journal, Noted, PartJournal, is_head, read_journal
 
 _CLONED_NAME = "cloned"
 TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
@@ -182,7 +182,7 @@ def staging_folder(target: Path) -> Path:
 def open_folder_sink(
     target: Path,
     *,
-    identity: str,
+    identity: Identity,
     resume: bool,
     overwrite: bool,
     model_folder: str = "",
@@ -219,7 +219,7 @@ def open_folder_sink(
             sink.close()
 
 
-def finish_published(target: Path, *, identity: str) -> Noted | None:
+def finish_published(target: Path, *, identity: Identity) -> Noted | None:
     """Return the items of this very merge if it was published by a run that was killed before it could clean up.
 
     Raises:
@@ -231,7 +231,7 @@ def finish_published(target: Path, *, identity: str) -> Noted | None:
         return None
     with locked_place(target, staging):
         head, done, _ = read_journal(staging / "journal")
-        if not target.is_dir() or head != {"merge": identity, "folder": folder_number(target)}:
+        if not (target.is_dir() and is_head(head, identity, target)):
             return None
         remove_staging(staging)
         return done

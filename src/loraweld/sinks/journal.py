@@ -2,8 +2,9 @@
 
 One line of JSON first: the merge's identity and the inode of the folder that holds its output. Whatever name that
 folder has by now, the journal speaks of it and of no other. Then one item per line, with the numbers that were noted
-of it. Lines are appended only after
-the bytes of their items are durable, so a line is never ahead of the data; a torn last line is ignored.
+of it. Lines are appended only after the bytes of their items are durable, so a line is never ahead of the data; a torn
+last line is ignored. The identity takes a hash of the adapters, so nothing waits for it before the first item is noted,
+or an earlier journal is there to be compared.
 """
 
 from __future__ import annotations
@@ -17,30 +18,27 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 Noted = Mapping[str, Sequence[float]]
+Identity = Callable[[], str]
 
 
 class Journal:
     """Appends finished items; knows those of an earlier run of the same merge."""
 
-    def __init__(self, file: BinaryIO, done: Noted) -> None:
+    def __init__(self, file: BinaryIO, done: Noted, head: Callable[[], bytes] | None = None) -> None:
         self.done = done
         self._file = file
+        self._head = head  # which is not written yet
 
     @classmethod
-    def begin(cls, path: Path, identity: str, model: Path) -> Journal:
+    def begin(cls, path: Path, identity: Identity, model: Path) -> Journal:
         """Start the journal of a merge into the empty folder `model`."""
-        file: BinaryIO = path.open("wb")
-        head = {"merge": identity, "folder": folder_number(model)}
-        with _closed_if_failed(file):
-            file.write(json.dumps(head).encode() + b"\n")
-            _sync(file)
-        return cls(file, {})
+        return cls(path.open("wb"), {}, lambda: _line(_head(identity, model)))
 
     @classmethod
-    def resume(cls, path: Path, identity: str, model: Path) -> Journal | None:
+    def resume(cls, path: Path, identity: Identity, model: Path) -> Journal | None:
         """Continue the journal of the same merge into the same folder, None if there is none."""
         head, done, size = read_journal(path)
-        if head != {"merge": identity, "folder": folder_number(model)}:
+        if not is_head(head, identity, model):
             return None
         file: BinaryIO = path.open("r+b")
         with _closed_if_failed(file):
@@ -50,11 +48,28 @@ class Journal:
 
     def append(self, items: Noted) -> None:
         """Note items whose bytes are durable; returns when the note is."""
-        self._file.write(b"".join(json.dumps(item).encode() + b"\n" for item in items.items()))
+        lines = [_line(item) for item in items.items()]
+        if self._head is not None:
+            lines.insert(0, self._head())
+        self._file.write(b"".join(lines))
         _sync(self._file)
+        self._head = None
 
     def close(self) -> None:
         self._file.close()
+
+
+def is_head(head: object, identity: Identity, model: Path) -> bool:
+    """Whether this is the first line of the journal of this merge into this folder; None is that of no journal."""
+    return head is not None and head == _head(identity, model)
+
+
+def _head(identity: Identity, model: Path) -> object:
+    return {"merge": identity(), "folder": folder_number(model)}
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
 def folder_number(folder: Path) -> int:
