@@ -394,6 +394,7 @@ def test_a_direct_write_begins_at_a_block(tmp_path: Path) -> None:
 
     descriptor = system.open_for_writing(tmp_path / "file", 3 * system.BLOCK_BYTES)
     if not getattr(os, "O_DIRECT", 0) & fcntl.fcntl(descriptor, fcntl.F_GETFL):
+        os.close(descriptor)
         pytest.skip("NO DIRECT WRITE IS TRIED: the file system of the temporary folder has none")
     buffer = memoryview(system.aligned_buffer(system.BLOCK_BYTES))
     with pytest.raises(ValueError, match="a direct write at 2048"):

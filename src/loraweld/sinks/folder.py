@@ -22,7 +22,7 @@ from pathlib import Path
 from loraweld.checkpoint.mounted import mounted
 from loraweld.errors import OutputError
 from loraweld.sinks import system
-from loraweld.sinks.journal import Identity, Journal, Noted, PartJournal, is_head, read_journal
+from loraweld.sinks.journal import Journal, Noted, PartJournal, is_head, read_journal
 
 _CLONED_NAME = "cloned"
 TAKEN = "exists and is not empty; give --overwrite to replace it, or choose another output"
@@ -182,7 +182,7 @@ def staging_folder(target: Path) -> Path:
 def open_folder_sink(
     target: Path,
     *,
-    identity: Identity,
+    identity: Callable[[], str],
     resume: bool,
     overwrite: bool,
     model_folder: str = "",
@@ -190,7 +190,7 @@ def open_folder_sink(
     kind: Callable[..., FolderSink] = FolderSink,
     elsewhere: Path | None = None,
 ) -> Iterator[FolderSink]:
-    """Lock the output place and yield its sink; `identity` says which merge the staged files belong to.
+    """Lock the output place and yield its sink; `identity`, asked when it is needed, says whose the staged files are.
 
     `elsewhere`: the memory of files that have left the staging folder, of the same merge or of none.
 
@@ -219,7 +219,7 @@ def open_folder_sink(
             sink.close()
 
 
-def finish_published(target: Path, *, identity: Identity) -> Noted | None:
+def finish_published(target: Path, *, identity: Callable[[], str]) -> Noted | None:
     """Return the items of this very merge if it was published by a run that was killed before it could clean up.
 
     Raises:

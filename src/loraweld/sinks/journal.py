@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 Noted = Mapping[str, Sequence[float]]
-Identity = Callable[[], str]
 
 
 class Journal:
@@ -30,12 +29,12 @@ class Journal:
         self._head = head  # which is not written yet
 
     @classmethod
-    def begin(cls, path: Path, identity: Identity, model: Path) -> Journal:
+    def begin(cls, path: Path, identity: Callable[[], str], model: Path) -> Journal:
         """Start the journal of a merge into the empty folder `model`."""
         return cls(path.open("wb"), {}, lambda: _line(_head(identity, model)))
 
     @classmethod
-    def resume(cls, path: Path, identity: Identity, model: Path) -> Journal | None:
+    def resume(cls, path: Path, identity: Callable[[], str], model: Path) -> Journal | None:
         """Continue the journal of the same merge into the same folder, None if there is none."""
         head, done, size = read_journal(path)
         if not is_head(head, identity, model):
@@ -51,20 +50,20 @@ class Journal:
         lines = [_line(item) for item in items.items()]
         if self._head is not None:
             lines.insert(0, self._head())
+            self._head = None
         self._file.write(b"".join(lines))
         _sync(self._file)
-        self._head = None
 
     def close(self) -> None:
         self._file.close()
 
 
-def is_head(head: object, identity: Identity, model: Path) -> bool:
+def is_head(head: object, identity: Callable[[], str], model: Path) -> bool:
     """Whether this is the first line of the journal of this merge into this folder; None is that of no journal."""
     return head is not None and head == _head(identity, model)
 
 
-def _head(identity: Identity, model: Path) -> object:
+def _head(identity: Callable[[], str], model: Path) -> object:
     return {"merge": identity(), "folder": folder_number(model)}
 
 
