@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -22,6 +22,9 @@ from loraweld.execute.items import Item
 from loraweld.execute.kept import Piece, fill_kept
 from loraweld.execute.outcome import Outcome
 from loraweld.planning.merge_plan import Recipe
+from loraweld.sinks.system import BLOCK_BYTES
+
+_HEADS = 64  # of a few items at once, each one; more only if nobody comes for them
 
 
 class Filler:
@@ -36,6 +39,7 @@ class Filler:
         self._editors: WeakValueDictionary[str, TensorEditor] = WeakValueDictionary()
         self._latest: deque[TensorEditor] = deque(maxlen=2)
         self._lock = Lock()
+        self._heads = _Heads()
         self._findings = Findings(allow_nonfinite=allow_nonfinite)
         self._measured: dict[str, Sequence[float]] = {}
 
@@ -83,7 +87,7 @@ class Filler:
             for placed in made_parts(window):
                 writer = unfinished.pop(placed.recipe.name, None)
                 if writer is None:
-                    writer = _TensorWriter(self._editor(placed.recipe), placed.offset, item, scratch)
+                    writer = _TensorWriter(self._editor(placed.recipe), placed.offset, item, scratch, self._heads)
                 writer.write(window.start, data)
                 if placed.end > window.end:
                     unfinished[placed.recipe.name] = writer
@@ -111,17 +115,45 @@ class Filler:
             return editor
 
 
+class _Heads:
+    """The first bytes of tiles, less than a block, made by one item for the one before it; each is taken once.
+
+    Items end in the first block of a tile. The one behind the border, with the rest, is begun before this one ends.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def keep(self, name: str, top: int, data: memoryview) -> None:
+        """Keep the head of the tile of tensor `name` that begins at row `top`."""
+        with self._lock:
+            self._kept[name, top] = bytes(data)
+            if len(self._kept) > _HEADS:
+                self._kept.popitem(last=False)
+
+    def take(self, name: str, top: int) -> bytes | None:
+        """Return the head of a tile if it is there."""
+        with self._lock:
+            return self._kept.pop((name, top), None)
+
+
 class _TensorWriter:
     """Computes the part of one tensor that lies in one item, for one window of it after the other."""
 
-    def __init__(self, editor: TensorEditor, offset: int, item: Item, scratch: Scratch) -> None:
+    def __init__(self, editor: TensorEditor, offset: int, item: Item, scratch: Scratch, heads: _Heads) -> None:
         self._editor = editor  # lives as long as this does
         self._offset = offset  # of the tensor's first byte in the file
         self._row_bytes = editor.row_bytes
         self._unit_bytes = editor.item_bytes
         self._scratch = scratch
+        self._item = item
+        self._heads = heads
         first = max(0, item.start - offset) // editor.row_bytes
         last = min(editor.recipe.rows, -(-(item.end - offset) // editor.row_bytes))
+        top, _ = next(editor.grid.tiles(first, first + 1))
+        if item.start - self._place(top) < BLOCK_BYTES:
+            first = top  # with the rows of the head
         self._session = editor.session(first, last, scratch, only=True)
         self._tiles = deque(self._session.tiles)
         self._rest = _Bytes(0, memoryview(b""))  # of a tile that goes on in the next window
@@ -136,6 +168,11 @@ class _TensorWriter:
 
     def _write_tile(self, window: _Bytes, top: int, bottom: int) -> None:
         start, end = self._place(top), self._place(bottom)
+        head = self._heads.take(self._editor.recipe.name, top) if start + BLOCK_BYTES > self._item.end else None
+        if head is not None:
+            self._rest = _Bytes(start, memoryview(head))
+            window.take(self._rest)
+            return
         place = start - window.start
         if place >= 0 and end <= window.end and place % self._unit_bytes == 0:
             self._session.compute(top, bottom, window.data[place : end - window.start])
@@ -144,6 +181,8 @@ class _TensorWriter:
         self._session.compute(top, bottom, self._rest.data)
         self._repair(window, self._rest)
         window.take(self._rest)
+        if 0 < self._item.start - start < BLOCK_BYTES:
+            self._heads.keep(self._editor.recipe.name, top, self._rest.data[: self._item.start - start])
 
     def _repair(self, *places: _Bytes) -> None:
         flat, elements = self._session.repairs()

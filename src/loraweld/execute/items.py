@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
+from loraweld.compute.tiles import TileGrid
 from loraweld.planning.merge_plan import MergePlan, PlacedPart, Recipe, WeightFile
 from loraweld.sinks.system import BLOCK_BYTES
 
@@ -45,7 +46,8 @@ class Item:
 
     def windows(self, num_bytes: int) -> Iterator[Item]:
         """Yield its bytes in order as items of at most `num_bytes`."""
-        return _ranges(self.file, self.start, self.end, num_bytes)
+        for start in range(self.start, self.end, num_bytes):
+            yield Item(self.file, start, min(start + num_bytes, self.end))
 
     @property
     def is_kept(self) -> bool:
@@ -112,7 +114,7 @@ def _changed(file: WeightFile) -> list[tuple[int, int]]:
         if placed.recipe.keeps_bytes:
             continue
         start = placed.offset // BLOCK_BYTES * BLOCK_BYTES
-        end = min(-(-placed.end // BLOCK_BYTES) * BLOCK_BYTES, file.num_bytes)
+        end = min(_block_after(placed.end), file.num_bytes)
         if ranges and start <= ranges[-1][1]:
             start = ranges.pop()[0]
         ranges.append((start, end))
@@ -131,5 +133,30 @@ def _items(file: WeightFile, step: int) -> Iterator[Item]:
 
 
 def _ranges(file: WeightFile, start: int, end: int, step: int) -> Iterator[Item]:
-    for first in range(start, end, max(1, step)):
-        yield Item(file, first, min(first + step, end))
+    while start < end:
+        border = _border(file, start, start + step) if start + step < end else end
+        yield Item(file, start, border)
+        start = border
+
+
+def _border(file: WeightFile, start: int, limit: int) -> int:
+    """Return where an item from `start` to `limit` at most ends: in the first block of a tile if it can.
+
+    What is left of the tile is then so little that the item behind the border can make it for this one too.
+    """
+    index = bisect_right(file.placed, limit - BLOCK_BYTES, key=lambda one: one.offset) - 1
+    if index < 0 or (placed := file.placed[index]).end < limit:
+        return limit
+    recipe = placed.recipe
+    if recipe.keeps_bytes or recipe.is_encoded:
+        return limit
+    row_bytes = recipe.num_bytes // recipe.rows
+    row = (limit - BLOCK_BYTES - placed.offset) // row_bytes
+    top, _ = next(TileGrid(recipe.rows, recipe.source.cols).tiles(row, row + 1))
+    border = _block_after(placed.offset + top * row_bytes)
+    return border if border > start else limit
+
+
+def _block_after(place: int) -> int:
+    """Return the first block border from a place on."""
+    return -(-place // BLOCK_BYTES) * BLOCK_BYTES
