@@ -11,6 +11,7 @@ the memory of a launcher into the peak of what it launches.
 The parts:
 
     plain     16 bit → 16 bit, against `cp` and PEFT                  8B: 35 GB of disk
+    ranks     what a higher rank costs, factors in float32 and in bfloat16   8B: 42 GB
     startup   how fast commands start
     from-nf4  NF4 → 16 bit, against writing as many bytes             8B: 23 GB
     to-nf4    16 bit → NF4                                            8B: 22 GB
@@ -38,6 +39,7 @@ import hub
 import item_costs
 import plain
 import profile_part
+import ranks
 import scale
 import startup
 import to_nf4
@@ -47,6 +49,7 @@ from reporting import Part, printed, report
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Part]] = {
     "plain": plain.measured,
+    "ranks": ranks.measured,
     "from-nf4": from_nf4.measured,
     "quantise": codec_parts.quantise,
     "to-nf4": to_nf4.measured,

@@ -25,8 +25,8 @@ READ_BYTES = 8 << 20
 class Case:
     """A base and an adapter: where they are, and the samples of each tool in the order they ran.
 
-    `commands`: what each tool runs, "{out}" and "{bytes}" standing for its output and for the bytes that the last
-    tool has written.
+    `factors`: the dtype of the adapter. `commands`: what each tool runs, "{out}" and "{bytes}" standing for its output
+    and for the bytes that the last tool has written.
     """
 
     shape: str
@@ -34,6 +34,7 @@ class Case:
     base: Path
     adapter: Path
     base_bytes: int
+    factors: str = "F32"
     commands: dict[str, list[str]] = field(default_factory=dict)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -42,7 +43,7 @@ class Case:
     @property
     def name(self) -> str:
         """Return how tables call it."""
-        return f"{self.shape} r {self.rank}"
+        return f"{self.shape} r {self.rank}{'' if self.factors == 'F32' else f' {self.factors}'}"
 
     def merge(self, *options: str) -> list[str]:
         """Return the command line of a merge."""
@@ -119,14 +120,14 @@ def read_through(folder: Path) -> None:
                 pass
 
 
-def write_inputs(work: Path, shape: str, rank: int, *, form: str = "bf16") -> Case:
+def write_inputs(work: Path, shape: str, rank: int, *, form: str = "bf16", factors: str = "F32") -> Case:
     """Write base and adapter unless an earlier run kept them, in a process of its own; `form`: a key of `BASES`."""
     base = work / f"base-{shape}-{form}"
-    adapter = work / f"adapter-{shape}-{form}-r{rank}"
+    adapter = work / f"adapter-{shape}-{form}-r{rank}{'' if factors == 'F32' else f'-{factors}'}"
     write_folder(base, *(part.format(shape=shape, folder="{}") for part in BASES[form]))
-    write_folder(adapter, "synthetic.py", "adapter", "{}", str(base), shape, str(rank))
+    write_folder(adapter, "synthetic.py", "adapter", "{}", str(base), shape, str(rank), "--dtype", factors)
     base_bytes = sum(path.stat().st_size for path in base.iterdir())
-    return Case(shape=shape, rank=rank, base=base, adapter=adapter, base_bytes=base_bytes)
+    return Case(shape=shape, rank=rank, base=base, adapter=adapter, base_bytes=base_bytes, factors=factors)
 
 
 # The script and its arguments that write a base.
@@ -184,10 +185,12 @@ def work_folder(parent: Path, *, keep: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def inputs_of(work: Path, shape: str, ranks: Sequence[int], *, form: str, keep: bool) -> Iterator[list[Case]]:
-    """Yield a case for each rank, and remove their files after the block unless told to keep them."""
+def inputs_of(
+    work: Path, shape: str, ranks: Sequence[int], *, form: str, keep: bool, factors: Sequence[str] = ("F32",)
+) -> Iterator[list[Case]]:
+    """Yield a case for each dtype and rank, and remove their files after the block unless told to keep them."""
     try:
-        yield [write_inputs(work, shape, rank, form=form) for rank in ranks]
+        yield [write_inputs(work, shape, rank, form=form, factors=dtype) for dtype in factors for rank in ranks]
     finally:
         if not keep:
             for path in [work / f"base-{shape}-{form}", *work.glob(f"adapter-{shape}-{form}-r*")]:

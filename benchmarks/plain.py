@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cases import Case, check_space, cpu, inputs_of, peak_rss, run_case, wall
+from cases import Case, check_space, inputs_of, peak_rss, run_case, wall
 from peers import add_peers
 from reporting import (
     Part,
@@ -94,23 +94,12 @@ def promises(cases: Sequence[Case]) -> list[str]:
         promise("8B r 16: at least 6 × as fast as PEFT", pefts, "×", lambda value: value >= 6),
         promise("peak memory ≤ 450 MiB", peaks(cases, ["loraweld"]), "MiB", lambda value: value <= 450),
         promise("same peak memory for every shape and rank, ± 10 %", growth_ratios(cases), "×", ten_percent),
-        promise("8B r 64: CPU time ≤ 1.3 × that of r 16", rank_ratios(cases, 64), "×", lambda value: value <= 1.3),
-        promise("8B r 256: CPU time ≤ 2.5 × that of r 16", rank_ratios(cases, 256), "×", lambda value: value <= 2.5),
     ]
 
 
 def ten_percent(ratio: float) -> bool:
     """Return whether it is 1 ± 10 %."""
     return 0.9 <= ratio <= 1.1
-
-
-def rank_ratios(cases: Sequence[Case], rank: int) -> list[float]:
-    """Return the median CPU time of loraweld at 8B and a rank over that at rank 16, if both were measured."""
-    medians = [
-        case.median("loraweld", cpu) for r in (rank, 16) for case in cases if (case.shape, case.rank) == ("8B", r)
-    ]
-    values = [value for value in medians if value is not None]
-    return [values[0] / values[1]] if len(values) == 2 else []
 
 
 def peft_ratio(case: Case) -> float | None:

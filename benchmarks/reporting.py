@@ -17,7 +17,7 @@ INTRO = """\
 # Benchmark results
 
 Written by `benchmarks/bench.py`. Weights are random, files and shapes those of the models named: 1B is Llama-3.2-1B,
-8B is Llama-3.1-8B. Adapters: float32, on all seven projections."""
+8B is Llama-3.1-8B. Adapters: float32 where nothing else is said, on all seven projections."""
 PROMISES = "Promises"
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from exact import BF16, rounded, steps_apart
 from loraweld.compute import low_rank
+from loraweld.compute.bfloat16 import flushed, multiplies_bfloat16
 from loraweld.compute.editor import _stored
 from loraweld.compute.low_rank import PieceRoom, Rounded, Term, add_rounded
 
@@ -20,6 +21,9 @@ RANKS = st.lists(st.integers(0, 5), min_size=1, max_size=3)
 # Elements of a piece, and of the right factors that one takes: rows, columns, and both.
 PIECES = st.tuples(st.sampled_from([1, 64, 1000, 1 << 19]), st.sampled_from([1, 300, 1 << 18]))
 WHOLE = 1 << 19, 1 << 18
+multiplied = pytest.mark.skipif(
+    not multiplies_bfloat16(), reason="NO BFLOAT16 PRODUCT IS TRIED: this processor has no instructions for them"
+)
 
 
 def added(
@@ -81,6 +85,43 @@ def test_sums_of_any_numbers_are_a_step_off_at_most(rows: int, cols: int, rank: 
     steps[made.doubtful] = 0
     assert made.finite and steps.abs().max() <= 1
     assert steps.count_nonzero() <= 2 + 1e-3 * steps.numel()
+
+
+@multiplied
+@given(rows=st.integers(8, 200), cols=st.sampled_from([64, 200, 1024]), rank=st.integers(1, 96), whole=st.booleans())
+def test_bfloat16_factors_make_the_same_sums(rows: int, cols: int, rank: int, whole: bool) -> None:
+    """Of integers every bit is known; of any numbers as above."""
+    draw = torch.Generator().manual_seed(rows * cols * rank)
+
+    def numbers(*size: int) -> torch.Tensor:
+        drawn = torch.randint(-60, 61, size, generator=draw).float() if whole else torch.randn(size, generator=draw)
+        return drawn.bfloat16()
+
+    base_nC, left, right = numbers(rows, cols), numbers(rows, rank), numbers(rank, cols)
+    norms = float(left.float().norm(dim=1).max()) * float(right.float().norm(dim=0).max())
+    scaling = 0.5 if whole else math.sqrt(0.1)
+    terms = [Term(left, right, scaling, scaling * norms * math.sqrt(rank) * 2**-23)]
+    made, out_nC = added(base_nC, terms, WHOLE)
+    steps = steps_apart(out_nC.view(-1), rounded(exact_sum(base_nC, terms).view(-1).numpy(), BF16))
+    steps[made.doubtful] = 0
+    assert made.finite and steps.abs().max() <= 1
+    assert steps.count_nonzero() <= (0 if whole else 2 + 1e-3 * steps.numel())
+    assert torch.equal(made.stored, base_nC.view(-1)[made.doubtful])
+
+
+@multiplied
+@pytest.mark.parametrize("factor", ["left", "right"])
+@pytest.mark.parametrize("exponent", [-127, -130, -133])
+def test_what_instructions_take_for_0_is_within_the_bound(exponent: int, factor: str) -> None:
+    """Numbers below 2⁻¹²⁶ on one side, large ones on the other."""
+    draw = torch.Generator().manual_seed(exponent)
+    scales = (2.0**exponent, 2.0**100) if factor == "left" else (2.0**100, 2.0**exponent)
+    left, right = ((torch.randn(64, 64, generator=draw) * scale).bfloat16() for scale in scales)
+    made = torch.addmm(torch.zeros_like(left), left, right)
+    exact = left.double() @ right.double()
+    norms = float(left.double().norm(dim=1).max()), float(right.double().norm(dim=0).max())
+    bound = flushed(64, *norms) + 8 * norms[0] * norms[1] * 2**-23
+    assert float((made.double() - exact).abs().max()) <= bound + 2**-8 * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38, -3.4e38])

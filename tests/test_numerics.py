@@ -23,10 +23,24 @@ from fakes import (
     write_adapter,
     write_base,
 )
+from loraweld.compute import factors as factors_module
 from loraweld.errors import NumericsError
 from loraweld.planning import memory
 
 each_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+
+
+@pytest.fixture(params=["float32", "bfloat16", "bfloat16, multiplied in float32"])
+def stored_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """What an adapter is stored in; processors differ in how they multiply bfloat16 (see test_low_rank.py)."""
+    if "multiplied" in request.param:
+        monkeypatch.setattr(factors_module, "multiplies_bfloat16", lambda: False)
+    return torch.float32 if request.param == "float32" else torch.bfloat16
+
+
+def stored(factors: Factors, dtype: torch.dtype) -> Factors:
+    return {module: (a.to(dtype), b.to(dtype)) for module, (a, b) in factors.items()}
+
 
 # One row, one column, odd sizes, more rows than a tile, wide, narrow: about 2.6 million elements.
 SHAPES: Shapes = {
@@ -61,12 +75,12 @@ def check_promise(distances: Tensor) -> None:
 @each_format
 @pytest.mark.parametrize(("rank", "alpha", "options"), [(1, 1, {}), (16, 11, {"use_rslora": True}), (64, 64, {})])
 def test_weights_are_the_exact_sum_rounded_once(
-    form: Format, rank: int, alpha: float, options: Mapping[str, bool], tmp_path: Path
+    form: Format, rank: int, alpha: float, options: Mapping[str, bool], stored_as: torch.dtype, tmp_path: Path
 ) -> None:
     """For a delta as large as the base, so that many elements cancel, and for a scaling float32 has not exactly."""
     scale = alpha / rank**0.5 if options else alpha / rank
     base = random_tensors(SHAPES, form.dtype)
-    factors = random_factors(SHAPES, rank=rank, std=0.02 / scale)
+    factors = stored(random_factors(SHAPES, rank=rank, std=0.02 / scale), stored_as)
     write_base(tmp_path / "base", base)
     write_adapter(tmp_path / "adapter", factors, alpha=alpha, **options)
     loraweld.merge(tmp_path / "adapter", output=tmp_path / "out", base=tmp_path / "base")
@@ -97,17 +111,31 @@ def test_another_dtype_is_rounded_to_once(form: Format, stored: torch.dtype, tmp
 
 
 @each_format
-def test_tensors_stored_transposed_keep_the_promise(form: Format, tmp_path: Path) -> None:
+def test_tensors_stored_transposed_keep_the_promise(form: Format, stored_as: torch.dtype, tmp_path: Path) -> None:
     """GPT-2 stores (in, out): the same sums, the factors change sides."""
     shapes = {f"h.{n}.c_fc.weight": shape for n, shape in enumerate([(1, 3000), (3000, 1), (701, 1003), (512, 512)])}
     base = random_tensors(shapes, form.dtype)
-    factors = random_factors({name: shape[::-1] for name, shape in shapes.items()}, rank=8)
+    factors = stored(random_factors({name: shape[::-1] for name, shape in shapes.items()}, rank=8), stored_as)
     write_base(tmp_path / "base", base, model_type="gpt2")
     write_adapter(tmp_path / "adapter", factors, alpha=8, fan_in_fan_out=True)
     loraweld.merge(tmp_path / "adapter", output=tmp_path / "out", base=tmp_path / "base")
     merged = load_folder(tmp_path / "out")
     exact = {f"{module}.weight": exact_sum(base[f"{module}.weight"].T, pair, 1.0).T for module, pair in factors.items()}
     check_promise(torch.cat([steps_apart(merged[n], rounded(values, form)).flatten() for n, values in exact.items()]))
+
+
+@pytest.mark.parametrize("exponent", [-120, -127, -130])
+@pytest.mark.parametrize("other", [0, 20, 100])
+def test_factors_below_the_normal_numbers_count(
+    exponent: int, other: int, stored_as: torch.dtype, tmp_path: Path
+) -> None:
+    """Processors take them for 0 when they multiply bfloat16, and their squares are not in float32."""
+    ((a, b),) = random_factors({LAYER: SHAPE}, rank=16, std=1.0).values()
+    a, b = (a * 2.0**other).to(stored_as), (b * 2.0**exponent).to(stored_as)
+    base = (random_tensors({LAYER: SHAPE}, torch.float32, std=1.0)[LAYER] * 2.0 ** (other + exponent)).bfloat16()
+    base[::2] = 0
+    exact = rounded(exact_sum(base, (a, b), 1.0), FORMATS["bf16"])
+    check_promise(steps_apart(merge_one(tmp_path, base, (a, b)), exact).flatten())
 
 
 def test_two_adapters_are_summed_before_the_only_rounding(tmp_path: Path) -> None:
@@ -130,7 +158,9 @@ def test_two_adapters_are_summed_before_the_only_rounding(tmp_path: Path) -> Non
 @each_format
 @pytest.mark.parametrize("rank", [4, 64])
 @pytest.mark.parametrize("signs", ["mixed", "equal"])
-def test_cancellation_costs_no_more_than_one_step(form: Format, rank: int, signs: str, tmp_path: Path) -> None:
+def test_cancellation_costs_no_more_than_one_step(
+    form: Format, rank: int, signs: str, stored_as: torch.dtype, tmp_path: Path
+) -> None:
     """The base is minus the rounded delta: float32 is off by several steps of the tiny difference, the result is not.
 
     With factors of one sign the partial sums, and with them float32's error, are as large as they can be.
@@ -138,10 +168,12 @@ def test_cancellation_costs_no_more_than_one_step(form: Format, rank: int, signs
     ((a, b),) = random_factors({LAYER: SHAPE}, rank=rank, std=1.0).values()
     if signs == "equal":
         a, b = 1 + 0.1 * a.abs(), (1 + 0.1 * b.abs()) / rank
+    a, b = a.to(stored_as), b.to(stored_as)
     base = rounded(-exact_sum(torch.zeros(SHAPE), (a, b), 1.0), form)
     exact = rounded(exact_sum(base, (a, b), 1.0), form)
-    plain = (base.float() + b @ a).to(form.dtype)
-    assert steps_apart(plain, exact).max() > 1
+    if stored_as == torch.float32:  # the few bits of bfloat16 factors of one sign add up exactly
+        plain = (base.float() + b @ a).to(form.dtype)
+        assert steps_apart(plain, exact).max() > 1
     assert steps_apart(merge_one(tmp_path, base, (a, b)), exact).max() <= 1
 
 
@@ -206,7 +238,7 @@ def test_values_that_are_not_finite_are_refused(value: float, part: str, dtype: 
     assert not (tmp_path / "out").exists()
 
 
-def uneven_model(folder: Path, form: Format) -> tuple[Path, Path]:
+def uneven_model(folder: Path, form: Format, stored_as: torch.dtype = torch.float32) -> tuple[Path, Path]:
     """A base whose tensors straddle items at odd offsets, and an adapter whose rows differ 1000-fold in size."""
     shapes: Shapes = {"model.layers.1.linear.weight": (4097, 301), "model.layers.2.linear.weight": (11, 90_001)}
     shapes |= {"model.layers.3.linear.weight": (40_001, 120), "model.layers.4.linear.weight": (3, 5)}
@@ -217,7 +249,8 @@ def uneven_model(folder: Path, form: Format) -> tuple[Path, Path]:
         b[::9973] *= 30
     odd = {f"model.layers.{n}.flags": torch.arange(251 + n, dtype=torch.uint8) for n in range(6)}
     tensors = {**odd, **random_tensors(shapes, form.dtype)}
-    return write_base(folder / "base", dict(sorted(tensors.items()))), write_adapter(folder / "adapter", factors)
+    adapter = write_adapter(folder / "adapter", stored(factors, stored_as))
+    return write_base(folder / "base", dict(sorted(tensors.items()))), adapter
 
 
 def item_size(megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,10 +259,10 @@ def item_size(megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @each_format
 def test_the_bytes_do_not_depend_on_how_the_work_is_cut(
-    form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: Format, stored_as: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One worker or four, little memory or much, items of 1, 3 or 16 MiB, the same command twice: the same files."""
-    base, adapter = uneven_model(tmp_path, form)
+    base, adapter = uneven_model(tmp_path, form, stored_as)
     cuts = [(1, "512MB", 16), (4, "512MB", 16), (4, "64MB", 16), (1, "64MB", 1), (3, "512MB", 1), (4, "512MB", 3)]
     made = []
     for number, (workers, max_memory, megabytes) in enumerate(cuts):

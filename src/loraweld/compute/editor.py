@@ -197,7 +197,8 @@ class EditSession:
     def _add(self, top: int, out_nC: torch.Tensor) -> bool:
         """Write stored rows from `top` on plus deltas; return whether all results are finite."""
         base_nC = self._read(top, top + len(out_nC))
-        terms = [span.term(top, len(out_nC)) for span in self._terms]
+        narrow = len(self._terms) == 1 and base_nC.dtype == torch.bfloat16
+        terms = [span.term(top, len(out_nC), narrow=narrow) for span in self._terms]
         made = add_rounded(base_nC, terms, out_nC, self._scratch.piece)
         if made.finite:
             if len(made.doubtful):
@@ -224,12 +225,16 @@ class EditSession:
         """
         if not self._positions:
             return NONE, np.empty((0, 0), np.uint8)
-        flat, values = np.concatenate(self._positions), torch.cat(self._bases).double().numpy()
+        flat, stored = np.concatenate(self._positions), torch.cat(self._bases)
         self._positions, self._bases = [], []
+        values = stored.double().numpy()
         pieces = [slice(start, start + _EXACT_ELEMENTS) for start in range(0, len(flat), _EXACT_ELEMENTS)]
         exact = np.concatenate([self._exact(flat[piece], values[piece]) for piece in pieces])
         with self.named("elements in doubt"):
             rounded = self._rounder.exact(exact, flat)
+        if not self._findings.any_change:
+            wanted = torch.from_numpy((flat >= self._wanted[0] * self._cols) & (flat < self._wanted[1] * self._cols))
+            self._findings.any_change |= not torch.equal(rounded[wanted], stored[wanted].to(rounded.dtype))
         return flat, rounded.view(torch.uint8).numpy().reshape(len(flat), -1)
 
     def _exact(self, flat: Ints, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,14 @@ import torch
 from loraweld.adapter.edits import Columns, LowRank, Residual
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
+from loraweld.compute.bfloat16 import multiplies_bfloat16
 from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.device import HOST
-from loraweld.compute.tensors import read_columns, read_rows
+from loraweld.compute.tensors import read_columns, read_rows, read_stored_rows
 from loraweld.planning.memory import stretch_rows
 
+_STRIP_COLUMNS = 1024  # whose norms are taken at a time
+_LEAST_SQUARE = 2.0**-100
 Ints = npt.NDArray[np.int64]
 
 
@@ -77,12 +81,19 @@ class _Stretch:
 
 
 class Factors:
-    """Right factor in memory, left factor on demand."""
+    """Right factor in memory, left factor on demand.
+
+    `narrow_RC`: the right factor in bfloat16, if both factors are so and products of that are as good.
+    """
 
     def __init__(self, right_RC: torch.Tensor, left_rows: Callable[[int, int], torch.Tensor]) -> None:
-        self.right_RC = right_RC
-        self.right: npt.NDArray[np.float32] = right_RC.numpy()
-        self.largest_norm = largest_norm(right_RC.T)
+        """Take the right factor (R, C) in float32 or, only if the left one is in it too, bfloat16."""
+        self._held_RC = right_RC
+        self.rank = len(right_RC)
+        self.narrow_RC = right_RC if right_RC.dtype == torch.bfloat16 else None
+        self.largest_norm = max(
+            (largest_norm(strip.float().T) for strip in torch.split(right_RC, _STRIP_COLUMNS, dim=1)), default=0.0
+        )
         self._left_rows = left_rows
         self._stretch = stretch_rows(right_RC.shape[1])
 
@@ -90,12 +101,27 @@ class Factors:
     def stored(cls, edit: LowRank, reader: Reader) -> Factors:
         """Return the factors of an adapter's tensors."""
         a, b = edit.a, edit.b
+        are_narrow = a.dtype == b.dtype == "BF16" and multiplies_bfloat16()
+        read = read_stored_rows if are_narrow else read_rows
         if edit.transposed:
-            right_RC = _columns(read_rows(reader, b, 0, b.rows), edit.b_columns).T.contiguous()
+            right_RC = _columns(read(reader, b, 0, b.rows), edit.b_columns).T.contiguous()
             first = edit.a_columns.start if edit.a_columns is not None else 0  # those of one part lie side by side
             return cls(right_RC, lambda start, stop: read_columns(reader, a, first + start, first + stop))
-        right_RC = _columns(read_rows(reader, a, 0, a.rows), edit.a_columns).contiguous()
+        right_RC = _columns(read(reader, a, 0, a.rows), edit.a_columns).contiguous()
         return cls(right_RC, lambda start, stop: _columns(read_rows(reader, b, start, stop), edit.b_columns))
+
+    @cached_property
+    def right_RC(self) -> torch.Tensor:
+        """The right factor in float32."""
+        return self._held_RC.float()
+
+    def columns(self, cols_K: Ints) -> npt.NDArray[np.float64]:
+        """Return these columns of the right factor, (K, R)."""
+        held_RC = (self._held_RC if self.narrow_RC is None else self.narrow_RC.view(torch.int16)).numpy()
+        columns_RK = np.take(held_RC, cols_K, axis=1, mode="clip")  # row by row; an index would go column by column
+        if self.narrow_RC is not None:
+            columns_RK = (columns_RK.astype(np.int32) << 16).view(np.float32)
+        return columns_RK.T.astype(np.float64, order="C")
 
     def left(self, stop: int) -> Left:
         """Return the left factor's rows before `stop`."""
@@ -105,7 +131,10 @@ class Factors:
 def largest_norm(rows_nR: torch.Tensor) -> float:
     """Return the norm of the longest of some float32 rows, 0 of none."""
     rows = rows_nR.numpy()  # which takes a tenth of torch's time for rows that lie as columns
-    return math.sqrt(np.einsum("nr,nr->n", rows, rows).max(initial=0))
+    square = np.einsum("nr,nr->n", rows, rows).max(initial=0)
+    if not _LEAST_SQUARE < square < math.inf:  # squares of very small or large numbers are not in float32
+        square = np.einsum("nr,nr->n", rows, rows, dtype=np.float64).max(initial=0)
+    return math.sqrt(square)
 
 
 def _columns(rows_NC: torch.Tensor, columns: Columns | None) -> torch.Tensor:

@@ -34,6 +34,7 @@ from loraweld.adapter.edits import (
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
 from loraweld.checkpoint.stored import StoredTensor
+from loraweld.compute.bfloat16 import LEAST_PRODUCTS, flushed
 from loraweld.compute.codecs.decoder import Rows, open_decoder
 from loraweld.compute.factors import Factors, Left, decompose, largest_norm
 from loraweld.compute.low_rank import Term
@@ -125,21 +126,31 @@ class LowRankSpan:
         self._factors = factors
         self._scaling = scaling
 
-    def term(self, top: int, count: int) -> Term:
-        """Return the delta of `count` rows from `top` on."""
-        left_nR, right_RC = self._left.rows(top, count), self._factors.right_RC
-        terms = abs(self._scaling) * largest_norm(left_nR) * self._factors.largest_norm
-        return Term(left_nR, right_RC, self._scaling, terms * math.sqrt(max(1, len(right_RC))) * FLOAT32_ERROR)
+    def term(self, top: int, count: int, *, narrow: bool) -> Term:
+        """Return the delta of `count` rows from `top` on; with `narrow` in bfloat16, if its factors are and many."""
+        factors = self._factors
+        left_nR, norm, error = self._rows(top, count)
+        if not narrow or factors.narrow_RC is None or count * factors.narrow_RC.numel() < LEAST_PRODUCTS:
+            return Term(left_nR, factors.right_RC, self._scaling, error)
+        if error:
+            error += abs(self._scaling) * flushed(factors.rank, norm, factors.largest_norm)
+        return Term(left_nR.bfloat16(), factors.narrow_RC, self._scaling, error)
 
     def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
-        term = self.term(top, len(tile_nC))
-        tile_nC.addmm_(term.left_nR, term.right_RC, alpha=term.scaling)
-        return error + term.error
+        left_nR, _, added = self._rows(top, len(tile_nC))
+        tile_nC.addmm_(left_nR, self._factors.right_RC, alpha=self._scaling)
+        return error + added
+
+    def _rows(self, top: int, count: int) -> tuple[torch.Tensor, float, float]:
+        """Return rows of the left factor, the norm of the longest, and a bound of the error of their products."""
+        left_nR, factors = self._left.rows(top, count), self._factors
+        norm = largest_norm(left_nR)
+        terms = abs(self._scaling) * norm * factors.largest_norm
+        return left_nR, norm, terms * math.sqrt(factors.rank) * FLOAT32_ERROR
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
         left_KR = self._left.pick(rows_K).astype(np.float64)
-        right_KR = self._factors.right[:, cols_K].T.astype(np.float64, order="C")
-        delta_K: Floats = np.einsum("kr,kr->k", left_KR, right_KR)
+        delta_K: Floats = np.einsum("kr,kr->k", left_KR, self._factors.columns(cols_K))
         return values_K + self._scaling * delta_K
 
 

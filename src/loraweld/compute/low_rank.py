@@ -5,6 +5,9 @@ in one function without the interpreter's lock: threads that take it for each op
 some whole rows, but at a high rank some columns of more rows: a product lays out the right factor's columns anew each
 time, which many rows must be worth, and goes through them again and again.
 
+Factors that are stored in bfloat16 need no float32 numbers: the processor multiplies them exactly, adds up in float32
+and rounds once with the rows added, all in one operation (`compute/bfloat16.py`).
+
 Shape letters: n = rows of a tile, C = columns, R = rank, p = elements of a piece, r = runs of neighbours in a row.
 """
 
@@ -24,7 +27,10 @@ RIGHT_ELEMENTS = 1 << 18  # of the right factors, those in the columns of a piec
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """The delta scaling · L·R of a tile's rows, and a bound of the absolute error that float32 leaves in it."""
+    """The delta scaling · L·R of a tile's rows, and a bound of the absolute error that float32 leaves in it.
+
+    Both factors are in float32, or in bfloat16 if the rows are so too and it is the only delta.
+    """
 
     left_nR: torch.Tensor
     right_RC: torch.Tensor
@@ -66,7 +72,8 @@ def add_rounded(base_nC: torch.Tensor, terms: Sequence[Term], out_nC: torch.Tens
     shift, below = order_of(out_nC.dtype, sum(term.error for term in terms))
     run = run_length(cols)
     rank = max(1, sum(len(term.right_RC) for term in terms))
-    width = min(cols, max(1, RIGHT_ELEMENTS // (rank * run)) * run)
+    whole = terms[0].right_RC.dtype == torch.bfloat16
+    width = cols if whole else min(cols, max(1, RIGHT_ELEMENTS // (rank * run)) * run)
     height = min(rows, max(1, PIECE_ELEMENTS // width))
     room = room.of(height * width)
     lowest, places, stored = _add_rounded(
@@ -78,6 +85,7 @@ def add_rounded(base_nC: torch.Tensor, terms: Sequence[Term], out_nC: torch.Tens
         out_nC.view(torch.int16),
         room.values_p,
         room.order_p,
+        whole,
         height,
         width,
         shift,
@@ -97,6 +105,7 @@ def _add_rounded(
     bits_nC: torch.Tensor,
     values_p: torch.Tensor,
     order_p: torch.Tensor,
+    whole: bool,
     height: int,
     width: int,
     shift: int,
@@ -106,16 +115,19 @@ def _add_rounded(
     """Return the lowest place in the order, the flat positions of elements in doubt, and what is stored there."""
     rows, cols = out_nC.size(0), out_nC.size(1)
     least_nr = torch.empty([rows, cols // run], dtype=torch.int16)
+    if whole:
+        torch.addmm(base_nC, left[0], right[0], alpha=scaling[0], out=out_nC)
     for top in range(0, rows, height):
         bottom = min(rows, top + height)
         for first in range(0, cols, width):
             last = min(cols, first + width)
             count = (bottom - top) * (last - first)
-            values = values_p[:count].view(bottom - top, -1)
-            values.copy_(base_nC[top:bottom, first:last])
-            for index in range(len(left)):
-                values.addmm_(left[index][top:bottom], right[index][:, first:last], alpha=scaling[index])
-            out_nC[top:bottom, first:last].copy_(values)
+            if not whole:
+                values = values_p[:count].view(bottom - top, -1)
+                values.copy_(base_nC[top:bottom, first:last])
+                for index in range(len(left)):
+                    values.addmm_(left[index][top:bottom], right[index][:, first:last], alpha=scaling[index])
+                out_nC[top:bottom, first:last].copy_(values)
             least = least_nr[top:bottom, first // run : last // run]
             write_least(bits_nC[top:bottom, first:last], shift, order_p[:count].view(bottom - top, -1), least)
     places = lower_than(below, bits_nC.view(-1), shift, least_nr.view(-1))

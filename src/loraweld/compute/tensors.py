@@ -36,9 +36,14 @@ def as_tensor(data: bytearray | memoryview, code: str, shape: tuple[int, ...]) -
 
 def read_rows(reader: Reader, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
     """Return rows [start, stop) of the matrix view in float32, (stop - start, C)."""
+    return read_stored_rows(reader, tensor, start, stop).float()
+
+
+def read_stored_rows(reader: Reader, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    """Return rows [start, stop) of the matrix view in the stored dtype, (stop - start, C)."""
     width = tensor.cols * item_size(tensor.dtype)
     data = reader.read(tensor, start * width, (stop - start) * width)
-    return as_tensor(data, tensor.dtype, (stop - start, tensor.cols)).float()
+    return as_tensor(data, tensor.dtype, (stop - start, tensor.cols))
 
 
 def read_columns(reader: Reader, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:

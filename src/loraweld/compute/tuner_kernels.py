@@ -52,8 +52,7 @@ class SingularValuesSpan:
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
         left_KR = self._left.pick(rows_K) * self._values_R.double().numpy()
-        right_RK = self._factors.right[:, cols_K].astype(np.float64)
-        delta_K: Floats = np.einsum("kr,rk->k", left_KR, right_RK)
+        delta_K: Floats = np.einsum("kr,kr->k", left_KR, self._factors.columns(cols_K))
         return values_K + self._scaling * delta_K
 
 
@@ -84,12 +83,12 @@ class HadamardSpan:
         terms, ranks = abs(self._scaling), 1.0
         for left_nR, factors in pairs:
             terms *= largest_norm(left_nR) * factors.largest_norm
-            ranks += math.sqrt(len(factors.right_RC))
+            ranks += math.sqrt(factors.rank)
         return error + terms * ranks * FLOAT32_ERROR
 
     def exact(self, values_K: Floats, rows_K: Ints, cols_K: Ints) -> Floats:
         products = [
-            np.einsum("kr,rk->k", left.pick(rows_K).astype(np.float64), factors.right[:, cols_K].astype(np.float64))
+            np.einsum("kr,kr->k", left.pick(rows_K).astype(np.float64), factors.columns(cols_K))
             for factors, left in self._pairs
         ]
         exact_K: Floats = values_K + self._scaling * products[0] * products[1]

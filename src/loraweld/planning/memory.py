@@ -145,7 +145,9 @@ def _side_bytes(edit: Edit, recipe: Recipe) -> int:
         return 0
     pairs = 2 if isinstance(edit, Hadamard) else 1
     stretches = min(2 * stretch_rows(recipe.source.cols), _item_rows(recipe))
-    return 4 * edit.rank * (recipe.source.cols + stretches) * pairs
+    # A product of bfloat16 factors lays the right one out anew, and other edits want it in float32 too.
+    right = 6 if any(tensor.dtype == "BF16" for tensor in edit.refs) else 4
+    return edit.rank * (right * recipe.source.cols + 4 * stretches) * pairs
 
 
 def stretch_rows(num_cols: int) -> int:
