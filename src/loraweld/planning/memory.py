@@ -37,8 +37,8 @@ LIBRARY_BYTES = 260 << 20
 # took 10 % longer, as threads wait for Python's lock at each), small enough to stay near the core.
 TILE_ELEMENTS = 1 << 20
 # Rows share what a product lays out anew of the right factor: a third of the time at rank 256 where they are only 36.
-# But no tile is larger than this for it.
-TILE_ROWS, MAX_TILE_ELEMENTS = 128, 1 << 21
+# But no tile is larger than 128 rows of 14,336 for it: a thread holds three of them.
+TILE_ROWS, MAX_TILE_ELEMENTS = 128, 7 << 18
 # Float32 copies of a weight that PEFT's layers hold while they are made and merged, measured on 3000 × 3000: 2 to 9
 # with most tuners, 15 with FRoD, which computes in float64; and ours before and after. PEFT itself takes memory too.
 PEFT_COPIES = 12
