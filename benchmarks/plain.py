@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cases import Case, check_space, inputs_of, peak_rss, run_case, wall
+from cases import Case, check_space, inputs_of, run_case, wall
 from peers import add_peers
 from reporting import (
     Part,
@@ -93,31 +93,13 @@ def promises(cases: Sequence[Case]) -> list[str]:
         promise("8B r 16: wall time ≤ 1.0 × cp", copies, "×", lambda value: value <= 1),
         promise("8B r 16: at least 6 × as fast as PEFT", pefts, "×", lambda value: value >= 6),
         promise("peak memory ≤ 450 MiB", peaks(cases, ["loraweld"]), "MiB", lambda value: value <= 450),
-        promise("same peak memory for every shape and rank, ± 10 %", growth_ratios(cases), "×", ten_percent),
     ]
-
-
-def ten_percent(ratio: float) -> bool:
-    """Return whether it is 1 ± 10 %."""
-    return 0.9 <= ratio <= 1.1
 
 
 def peft_ratio(case: Case) -> float | None:
     """Return median wall time of PEFT / loraweld."""
     peft, loraweld = case.median("PEFT", wall), case.median("loraweld", wall)
     return None if peft is None or loraweld is None else peft / loraweld
-
-
-def growth_ratios(cases: Sequence[Case]) -> list[float]:
-    """Return the peak memory of loraweld per case, over that of the first of its shape or rank."""
-    ratios = []
-    for number, case in enumerate(cases):
-        for same in ("shape", "rank"):
-            first = next(c for c in cases[: number + 1] if getattr(c, same) == getattr(case, same))
-            here, there = case.median("loraweld", peak_rss), first.median("loraweld", peak_rss)
-            if first is not case and here is not None and there is not None:
-                ratios.append(here / there)
-    return ratios
 
 
 def ratios_table(cases: Sequence[Case]) -> str:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cases import Case, check_space, cpu, inputs_of, run_case, wall
+from cases import Case, check_space, cpu, inputs_of, peak_rss, run_case, wall
 from measuring import Sample
 from reporting import Part, conditions, medians_table, promise, ratio_cells, runs_table, table
 
@@ -42,10 +42,11 @@ def measured(args: argparse.Namespace, work: Path) -> Part:
 
 
 def promises(cases: Sequence[Case]) -> list[str]:
-    """Return a line for each rank above the first and each dtype."""
-    return [
+    """Return a line for each rank above the first and each dtype, and one for the memory of all."""
+    memory = [statistics.median(ratios(cases, case, peak_rss)) for case in cases if case.rank in LIMITS]
+    times = [
         promise(
-            f"{case.name}, {case.factors} factors: wall time ≤ {LIMITS[case.rank]} × that of r {RANKS[0]}",
+            f"{SHAPE} r {case.rank}, {case.factors} factors: wall time ≤ {LIMITS[case.rank]} × that of r {RANKS[0]}",
             [statistics.median(ratios(cases, case, wall))],
             "×",
             lambda value, limit=LIMITS[case.rank]: value <= limit,
@@ -53,6 +54,7 @@ def promises(cases: Sequence[Case]) -> list[str]:
         for case in cases
         if case.rank in LIMITS
     ]
+    return [*times, promise(f"peak memory ≤ 1.1 × that of r {RANKS[0]}", memory, "×", lambda value: value <= 1.1)]
 
 
 def ratios(cases: Sequence[Case], case: Case, what: Callable[[Sample], float]) -> list[float]:

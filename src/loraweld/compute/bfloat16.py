@@ -23,7 +23,7 @@ _SMALLEST_NORMAL = 2.0**-126
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for it, and torch uses them so that a result is rounded once."""
-    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.12 has it
+    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # older ones have none
     found = capabilities()
     return any(found.get(name) for name in _INSTRUCTIONS) and _is_rounded_once()
 
