@@ -120,7 +120,7 @@ def test_what_instructions_take_for_0_is_within_the_bound(exponent: int, factor:
     made = torch.addmm(torch.zeros_like(left), left, right)
     exact = left.double() @ right.double()
     norms = float(left.double().norm(dim=1).max()), float(right.double().norm(dim=0).max())
-    bound = flushed(64, *norms) + 8 * norms[0] * norms[1] * 2**-23
+    bound = flushed(1.0, 64, *norms) + 8 * norms[0] * norms[1] * 2**-23
     assert float((made.double() - exact).abs().max()) <= bound + 2**-8 * float(exact.abs().max())
 
 

@@ -138,6 +138,25 @@ def test_factors_below_the_normal_numbers_count(
     check_promise(steps_apart(merge_one(tmp_path, base, (a, b)), exact).flatten())
 
 
+@pytest.mark.parametrize("alpha", [8, 1e-34])
+def test_weights_below_the_normal_numbers_stay(alpha: float, stored_as: torch.dtype, tmp_path: Path) -> None:
+    """Also where the delta is nothing, or as small as they are."""
+    shape, first = (1300, 1024), 1100  # the first tile is 1,024 rows
+    base = random_tensors({LAYER: shape}, torch.bfloat16)[LAYER]
+    base[::7] = 2.0**-130
+    ((a, b),) = random_factors({LAYER: shape}, rank=8).values()
+    b[:first] = 0
+    b[first::14] *= 2.0**-125
+    pair = a.to(stored_as), b.to(stored_as)
+    write_base(tmp_path / "base", {f"{LAYER}.weight": base})
+    write_adapter(tmp_path / "adapter", {LAYER: pair}, alpha=alpha)
+    loraweld.merge(tmp_path / "adapter", output=tmp_path / "out", base=tmp_path / "base")
+    merged = load_folder(tmp_path / "out")[f"{LAYER}.weight"]
+    exact = rounded(exact_sum(base, pair, alpha / 8), FORMATS["bf16"])
+    check_promise(steps_apart(merged, exact).flatten())
+    assert torch.equal(merged[:first].view(torch.int16), base[:first].view(torch.int16))
+
+
 def test_two_adapters_are_summed_before_the_only_rounding(tmp_path: Path) -> None:
     """Large deltas that cancel each other leave a small one, exact to a step; two merges in a row lose it."""
     base = random_tensors({f"{LAYER}.weight": SHAPE}, torch.bfloat16)

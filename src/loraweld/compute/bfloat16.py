@@ -28,13 +28,14 @@ def multiplies_bfloat16() -> bool:
     return any(found.get(name) for name in _INSTRUCTIONS) and _is_rounded_once()
 
 
-def flushed(rank: int, left_norm: float, right_norm: float) -> float:
-    """Return a bound of what a sum of `rank` products loses as these instructions take numbers below 2⁻¹²⁶ for 0.
+def flushed(scaling: float, rank: int, left_norm: float, right_norm: float) -> float:
+    """Return a bound of what is lost of a sum of `rank` products, scaled, where numbers below 2⁻¹²⁶ are taken for 0.
 
-    They do so with factors and with results (Intel's manual on VDPBF16PS and TDPBF16PS); the norms are those of the
-    two vectors.
+    The instructions do so with factors and products (Intel's manual on VDPBF16PS and TDPBF16PS), oneDNN with the rows
+    that are added and with results. The norms are those of the two vectors.
     """
-    return _SMALLEST_NORMAL * (math.sqrt(rank) * (left_norm + right_norm) + rank)
+    products = math.sqrt(rank) * (left_norm + right_norm) + rank
+    return _SMALLEST_NORMAL * (abs(scaling) * products + 2)
 
 
 def _is_rounded_once() -> bool:

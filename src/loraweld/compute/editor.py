@@ -89,18 +89,17 @@ class TensorEditor:
         self._lock = threading.Lock()
         self._parts: tuple[Decoder, list[Kernel]] | None = None
 
-    def session(self, start: int, stop: int, scratch: Scratch, *, only: bool = False) -> EditSession:
+    def session(self, start: int, stop: int, scratch: Scratch) -> EditSession:
         """Return what one thread needs to compute the tiles that overlap rows [start, stop).
 
-        With `only`, the rows of these tiles that lie outside come to nothing that may be used, and are not read.
+        Each is computed from all of its rows, whatever is wanted of it: what is done to one may hang on the others.
         """
         tiles = list(self.grid.tiles(start, stop))
         first, last = tiles[0][0], tiles[-1][1]
-        wanted = (start, stop) if only else (first, last)
         decoder, kernels = self._made()
         base = decoder.rows(min(first, self.recipe.source.rows), min(last, self.recipe.source.rows))
         spans = [span for kernel in kernels if (span := kernel.span(first, last)) is not None]
-        return EditSession(self, tiles, wanted, base, spans, scratch)
+        return EditSession(self, tiles, base, spans, scratch)
 
     def _made(self) -> tuple[Decoder, list[Kernel]]:
         with self._lock:
@@ -121,13 +120,11 @@ class EditSession:
         self,
         editor: TensorEditor,
         tiles: Sequence[tuple[int, int]],
-        wanted: tuple[int, int],
         base: Rows,
         spans: Sequence[Span],
         scratch: Scratch,
     ) -> None:
         self.tiles = tiles
-        self._wanted = wanted
         self._recipe = editor.recipe
         self._base = base
         self._source_rows = editor.recipe.source.rows
@@ -147,7 +144,7 @@ class EditSession:
         Raises:
             CheckpointError: the source cannot be read.
         """
-        base_nC = self._read(top, max(top, min(bottom, self._source_rows)))
+        base_nC = self._base.read(top, max(top, min(bottom, self._source_rows)))
         tile_nC = self._scratch.values(bottom - top, self._cols)
         if len(base_nC) < len(tile_nC):
             tile_nC[len(base_nC) :] = 0
@@ -158,21 +155,6 @@ class EditSession:
         for span in self._spans:
             error = span.apply(tile_nC, base_nC, top, error)
         return Tile(tile_nC, base_nC, error)
-
-    def _read(self, top: int, bottom: int) -> torch.Tensor:
-        """Return stored rows [top, bottom). Of those that nobody wants any number will do: a tile is computed whole."""
-        wanted = self._wanted_of(top, bottom)
-        if wanted.stop - wanted.start in (bottom - top, 0):
-            return self._base.read(top, bottom)
-        wanted_nC = self._base.read(top + wanted.start, top + wanted.stop)
-        rows_nC = torch.ones((bottom - top, self._cols), dtype=wanted_nC.dtype)
-        rows_nC[wanted] = wanted_nC
-        return rows_nC
-
-    def _wanted_of(self, top: int, bottom: int) -> slice:
-        """Return which of the rows [top, bottom) are wanted, counted from `top`."""
-        first = max(top, self._wanted[0])
-        return slice(first - top, max(first, min(bottom, self._wanted[1])) - top)
 
     def check(self, tile: Tile, top: int, bottom: int) -> None:
         """Make sure that an edited tile exists in the recipe's dtype.
@@ -196,14 +178,14 @@ class EditSession:
 
     def _add(self, top: int, out_nC: torch.Tensor) -> bool:
         """Write stored rows from `top` on plus deltas; return whether all results are finite."""
-        base_nC = self._read(top, top + len(out_nC))
+        base_nC = self._base.read(top, top + len(out_nC))
         narrow = len(self._terms) == 1 and base_nC.dtype == torch.bfloat16
         terms = [span.term(top, len(out_nC), narrow=narrow) for span in self._terms]
         made = add_rounded(base_nC, terms, out_nC, self._scratch.piece)
         if made.finite:
             if len(made.doubtful):
                 self._remember(made.doubtful, made.stored, top)
-            self.note(out_nC, base_nC, sum(term.error for term in terms), self._wanted_of(top, top + len(out_nC)))
+            self.note(out_nC, base_nC, sum(term.error for term in terms))
         return made.finite
 
     def _edit(self, top: int, out_nC: torch.Tensor) -> None:
@@ -216,7 +198,7 @@ class EditSession:
             self._findings.nonfinite.add(self._recipe.name)
         if len(doubtful):
             self._remember(doubtful, _stored(tile.base_nC, doubtful), top)
-        self.note(out_nC, tile.base_nC, tile.error, self._wanted_of(top, bottom))
+        self.note(out_nC, tile.base_nC, tile.error)
 
     def repairs(self) -> tuple[Ints, npt.NDArray[np.uint8]]:
         """Return the elements in doubt since the last call: places in the whole tensor, and their bytes, one row each.
@@ -233,8 +215,7 @@ class EditSession:
         with self.named("elements in doubt"):
             rounded = self._rounder.exact(exact, flat)
         if not self._findings.any_change:
-            wanted = torch.from_numpy((flat >= self._wanted[0] * self._cols) & (flat < self._wanted[1] * self._cols))
-            self._findings.any_change |= not torch.equal(rounded[wanted], stored[wanted].to(rounded.dtype))
+            self._findings.any_change = not torch.equal(rounded, stored.to(rounded.dtype))
         return flat, rounded.view(torch.uint8).numpy().reshape(len(flat), -1)
 
     def _exact(self, flat: Ints, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -256,12 +237,11 @@ class EditSession:
         except NumericsError as problem:
             raise NumericsError(f"tensor {self._recipe.name!r}, {where}: {problem}") from None
 
-    def note(self, out_nC: torch.Tensor, base_nC: torch.Tensor, error: float, rows: slice = slice(None)) -> None:
-        """Note for the whole run whether there was a delta, and whether the output differs from the base in `rows`."""
+    def note(self, out_nC: torch.Tensor, base_nC: torch.Tensor, error: float) -> None:
+        """Note for the whole run whether there was a delta, and whether the output differs from the base."""
         findings = self._findings
         findings.had_delta |= error > 0
         if self._spans and not findings.any_change:
-            out_nC, base_nC = out_nC[rows], base_nC[rows]
             same = out_nC.shape == base_nC.shape and torch.equal(out_nC, base_nC.to(out_nC.dtype))
             findings.any_change |= not same
 

@@ -127,14 +127,17 @@ class LowRankSpan:
         self._scaling = scaling
 
     def term(self, top: int, count: int, *, narrow: bool) -> Term:
-        """Return the delta of `count` rows from `top` on; with `narrow` in bfloat16, if its factors are and many."""
+        """Return the delta of `count` rows from `top` on; with `narrow` in bfloat16, if its factors are and many.
+
+        Not if it is nothing: without an error no element would be in doubt, also none that was taken for 0.
+        """
         factors = self._factors
         left_nR, norm, error = self._rows(top, count)
-        if not narrow or factors.narrow_RC is None or count * factors.narrow_RC.numel() < LEAST_PRODUCTS:
+        narrow_RC = factors.narrow_RC if narrow and error else None
+        if narrow_RC is None or count * narrow_RC.numel() < LEAST_PRODUCTS:
             return Term(left_nR, factors.right_RC, self._scaling, error)
-        if error:
-            error += abs(self._scaling) * flushed(factors.rank, norm, factors.largest_norm)
-        return Term(left_nR.bfloat16(), factors.narrow_RC, self._scaling, error)
+        error += flushed(self._scaling, factors.rank, norm, factors.largest_norm)
+        return Term(left_nR.bfloat16(), narrow_RC, self._scaling, error)
 
     def apply(self, tile_nC: torch.Tensor, base_nC: torch.Tensor, top: int, error: float) -> float:
         left_nR, _, added = self._rows(top, len(tile_nC))

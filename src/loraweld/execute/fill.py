@@ -151,10 +151,7 @@ class _TensorWriter:
         self._heads = heads
         first = max(0, item.start - offset) // editor.row_bytes
         last = min(editor.recipe.rows, -(-(item.end - offset) // editor.row_bytes))
-        top, _ = next(editor.grid.tiles(first, first + 1))
-        if item.start - self._place(top) < BLOCK_BYTES:
-            first = top  # with the rows of the head
-        self._session = editor.session(first, last, scratch, only=True)
+        self._session = editor.session(first, last, scratch)
         self._tiles = deque(self._session.tiles)
         self._rest = _Bytes(0, memoryview(b""))  # of a tile that goes on in the next window
 
