@@ -72,7 +72,7 @@ def add_rounded(base_nC: torch.Tensor, terms: Sequence[Term], out_nC: torch.Tens
     shift, below = order_of(out_nC.dtype, sum(term.error for term in terms))
     run = run_length(cols)
     rank = max(1, sum(len(term.right_RC) for term in terms))
-    whole = terms[0].right_RC.dtype == torch.bfloat16
+    whole = len(terms) == 1 and terms[0].right_RC.dtype == torch.bfloat16
     width = cols if whole else min(cols, max(1, RIGHT_ELEMENTS // (rank * run)) * run)
     height = min(rows, max(1, PIECE_ELEMENTS // width))
     room = room.of(height * width)

@@ -1,7 +1,7 @@
 """A plan's weight files → work items, done in any order by any thread.
 
-Weights that are kept, converted or edited: page-aligned ranges of a file, whatever tensors they cut. A weight that is
-encoded anew: one item, codes and scales, since scales may depend on all of it.
+Weights that are kept, converted or edited: page-aligned ranges of a file, which cut tensors, but between tiles if they
+can. A weight that is encoded anew: one item, codes and scales, since scales may depend on all of it.
 """
 
 from __future__ import annotations

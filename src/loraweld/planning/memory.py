@@ -26,7 +26,7 @@ from loraweld.errors import RequestError
 from loraweld.planning.merge_plan import Recipe
 from loraweld.request import MergeRequest
 
-# What a thread takes on, and the journal notes. At its ends tiles are cut, which two items then compute.
+# The most that a thread takes on, and the journal notes. It ends where a tile begins if it can (`execute/items.py`).
 ITEM_BYTES = 1 << 26
 # An item is written in portions of this size, down to the least where the budget is small.
 BUFFER_BYTES = 1 << 23
