@@ -1,8 +1,8 @@
 """Run a plan into a sink: the only place with threads.
 
 Items are done in any order by a few threads, each with one aligned buffer that it fills and writes. After every
-`CHECKPOINT_BYTES` the finished items are made durable and journalled. What needs no arithmetic comes first: it is
-copied while one of the threads imports torch.
+`CHECKPOINT_BYTES` one of them makes the finished items durable and journals them, and the others go on. What needs no
+arithmetic comes first: it is copied while one of the threads imports torch.
 """
 
 from __future__ import annotations
@@ -373,16 +373,22 @@ class _Checkpoint:
             self._pending.append((item, noted))
             self._bytes += item.end - item.start
             full = self._bytes >= CHECKPOINT_BYTES
-        if full:
-            self.note_all()
+        if full and self._noting.acquire(blocking=False):  # nobody waits while another one notes
+            try:
+                self._note()
+            finally:
+                self._noting.release()
 
     def note_all(self) -> None:
         with self._noting:
-            with self._lock:
-                items, self._pending, self._bytes = self._pending, [], 0
-            if items:
-                self._sink.make_durable({item.file.name for item, _ in items if item.whole is None})
-                self._sink.journal.append({item.key: noted for item, noted in items})
+            self._note()
+
+    def _note(self) -> None:
+        with self._lock:
+            items, self._pending, self._bytes = self._pending, [], 0
+        if items:
+            self._sink.make_durable({item.file.name for item, _ in items if item.whole is None})
+            self._sink.journal.append({item.key: noted for item, noted in items})
 
 
 def _raise_first(futures: Iterable[Future[Any]]) -> None:

@@ -3,8 +3,8 @@
 One line of JSON first: the merge's identity and the inode of the folder that holds its output. Whatever name that
 folder has by now, the journal speaks of it and of no other. Then one item per line, with the numbers that were noted
 of it. Lines are appended only after the bytes of their items are durable, so a line is never ahead of the data; a torn
-last line is ignored. The identity takes a hash of the adapters, so nothing waits for it before the first item is noted,
-or an earlier journal is there to be compared.
+last line is ignored. The identity takes a hash of the adapters: the first note waits for it, or the
+comparison with an earlier journal, and nothing else.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 BLOCK_BYTES = 4096
@@ -36,8 +36,17 @@ _UNSUPPORTED = {
 
 
 def aligned_buffer(size: int) -> mmap.mmap:
-    """Return `size` bytes of zeroed memory that start on a page."""
-    return mmap.mmap(-1, max(BLOCK_BYTES, _round_up(size)))
+    """Return `size` bytes of zeroed memory that start on a page, in huge pages where the system gives them.
+
+    A direct write has to look up and to hold each page of it.
+    """
+    size = max(BLOCK_BYTES, _round_up(size))
+    if not _LINUX:
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def keep_freed_memory() -> None:
