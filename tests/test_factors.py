@@ -67,4 +67,4 @@ def test_a_merge_loads_every_row_once(num_cols: int, tiles: int, offset: int, cu
     borders = [0, *(loaded.stop for loaded in load.loaded)]
     assert [loaded.start for loaded in load.loaded] == borders[:-1], "a row was loaded twice, or never"
     assert borders[-1] == num_rows
-    assert max(map(len, load.loaded)) <= max(stretch_rows(num_cols), height + 1)
+    assert max(map(len, load.loaded)) <= stretch_rows(num_cols) + 1

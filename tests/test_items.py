@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import loraweld
 from fakes import PREFIX, random_factors, random_tensors, write_adapter, write_base
 from loraweld.checkpoint.reader import Reader
 from loraweld.compute.editor import EditSession, Scratch
+from loraweld.execute.buffer import Buffer
 from loraweld.execute.fill import Filler
 from loraweld.execute.items import Item, work_items
 from loraweld.execute.sizing import Anywhere
@@ -29,14 +31,14 @@ NAME = f"{MODULE}.weight"
 WIDTHS = {"long rows": (96, 4096), "short rows": (1500, 256), "odd rows": (331, 1001), "one column": (1 << 18, 1)}
 
 
-@pytest.fixture(autouse=True)
-def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Items of 128 KiB, buffers of 32 and tiles of up to 64."""
+@pytest.fixture(autouse=True, params=[1 << 15, 3 << 15], ids=["buffers below tiles", "buffers above tiles"])
+def small_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items of 128 KiB, tiles of up to 64, buffers of 32 or 96."""
     for name, value in {
         "TILE_ELEMENTS": 1 << 14,
         "MAX_TILE_ELEMENTS": 1 << 15,
         "ITEM_BYTES": 1 << 17,
-        "BUFFER_BYTES": 1 << 15,
+        "BUFFER_BYTES": request.param,
         "MIN_BUFFER_BYTES": 1 << 15,
     }.items():
         monkeypatch.setattr(memory, name, value)
@@ -59,10 +61,10 @@ def made(plan: MergePlan, items: Iterable[Item]) -> dict[int, bytes]:
     """The bytes of items by their place in the file, made in this order by one filler."""
     filler = Filler(Reader(), device=torch.device("cpu"), allow_nonfinite=plan.allow_nonfinite)
     scratch, found = Scratch(), {}
-    buffer = memoryview(bytearray(plan.buffer_bytes))
+    buffer = Buffer(plan.buffer_bytes)
     for item in items:
         for piece in filler.pieces(item, buffer, scratch):
-            found[piece.offset] = bytes(buffer[: piece.count])
+            found[piece.offset] = bytes(buffer.body[: piece.count])
     return found
 
 
@@ -82,6 +84,30 @@ def test_an_item_ends_in_the_first_block_of_a_tile(plan: MergePlan) -> None:
     borders = [item.end for item in items_of(plan) if placed.offset + tile_bytes < item.end < placed.end]
     assert borders
     assert all((border - placed.offset) % tile_bytes < BLOCK for border in borders)
+
+
+def test_a_window_ends_in_the_last_block_of_a_tile(plan: MergePlan) -> None:
+    """So that a tile has its place in the buffer, but for less than a block."""
+    (placed,) = [one for one in plan.weights[0].placed if one.recipe.edits]
+    cols = placed.recipe.shape[1]
+    tile_bytes = 2 * cols * tile_height(cols)
+    for item in items_of(plan):
+        windows = list(item.windows(3 << 15))
+        assert [one.start for one in windows] == [item.start, *(one.end for one in windows[:-1])]
+        assert windows[-1].end == item.end
+        assert all(one.start % BLOCK == 0 and 0 < one.end - one.start <= 3 << 15 for one in windows)
+        borders = [one.end for one in windows[:-1] if one.end > placed.offset]
+        assert all(-(border - placed.offset) % tile_bytes < BLOCK for border in borders)
+
+
+def test_a_tile_is_computed_in_its_place(plan: MergePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where items are made as threads do it, and buffers are larger than tiles."""
+
+    def refused(self: Scratch, count: int) -> memoryview:
+        raise AssertionError(f"{count} bytes beside the buffer")
+
+    monkeypatch.setattr(Scratch, "out", refused)
+    made(replace(plan, buffer_bytes=3 << 15), reversed(items_of(plan)))
 
 
 def test_no_tile_is_computed_twice_where_items_are_made_from_behind(

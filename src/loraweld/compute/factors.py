@@ -64,6 +64,7 @@ class Left:
             if held.start <= start and start + count <= held.stop:
                 return held
         stop = max(start + count, min(start + self._stretch, self._stop))
+        stop += self._stop - stop == 1  # a single last row belongs to the tile before it
         self._held.append(_Stretch(self._load(start, stop).numpy(), start))
         return self._held[-1]
 

@@ -17,6 +17,7 @@ from loraweld.compute.editor import Findings, Scratch, TensorEditor
 from loraweld.compute.encoding import WeightEncoding
 from loraweld.compute.kernels import Ints
 from loraweld.errors import OutputError
+from loraweld.execute.buffer import Buffer
 from loraweld.execute.checksums import made_parts
 from loraweld.execute.items import Item
 from loraweld.execute.kept import Piece, fill_kept
@@ -43,11 +44,11 @@ class Filler:
         self._findings = Findings(allow_nonfinite=allow_nonfinite)
         self._measured: dict[str, Sequence[float]] = {}
 
-    def pieces(self, item: Item, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
-        """Yield the bytes of `item` in order, each time in the start of `buffer`."""
+    def pieces(self, item: Item, buffer: Buffer, scratch: Scratch) -> Iterator[Piece]:
+        """Yield the bytes of `item` in order, each time in the start of the body of `buffer`."""
         try:
             if item.encoded is not None:
-                yield from self._encode(item, item.encoded, buffer, scratch)
+                yield from self._encode(item, item.encoded, buffer.body, scratch)
             else:
                 yield from self._fill(item, buffer, scratch)
         except torch.cuda.OutOfMemoryError as error:  # of any kind of device
@@ -78,20 +79,22 @@ class Filler:
         if recipe.edits:
             self._measured[item.key] = work.fidelity.sums
 
-    def _fill(self, item: Item, buffer: memoryview, scratch: Scratch) -> Iterator[Piece]:
+    def _fill(self, item: Item, buffer: Buffer, scratch: Scratch) -> Iterator[Piece]:
         """Fill the buffer again and again: with what is kept first, then the computed rows."""
         unfinished: dict[str, _TensorWriter] = {}
-        for window in item.windows(len(buffer)):
-            data = buffer[: window.end - window.start]
-            fill_kept(window, data, self._reader)
+        for window in item.windows(len(buffer.body)):
+            count = window.end - window.start
+            data = _Bytes(window.start, buffer.body[:count])
+            around = _Bytes(window.start - BLOCK_BYTES, buffer.around(count))
+            fill_kept(window, data.data, self._reader)
             for placed in made_parts(window):
                 writer = unfinished.pop(placed.recipe.name, None)
                 if writer is None:
                     writer = _TensorWriter(self._editor(placed.recipe), placed.offset, item, scratch, self._heads)
-                writer.write(window.start, data)
+                writer.write(data, around)
                 if placed.end > window.end:
                     unfinished[placed.recipe.name] = writer
-            yield Piece(window.start, len(data))
+            yield Piece(window.start, count)
 
     def outcome(self) -> Outcome:
         """Return what was found out so far."""
@@ -155,31 +158,34 @@ class _TensorWriter:
         self._tiles = deque(self._session.tiles)
         self._rest = _Bytes(0, memoryview(b""))  # of a tile that goes on in the next window
 
-    def write(self, start: int, buffer: memoryview) -> None:
-        """Compute what lies in the window of the file that begins at `start`, each tile to its place in the buffer."""
-        window = _Bytes(start, buffer)
+    def write(self, window: _Bytes, around: _Bytes) -> None:
+        """Compute what lies in a window of the file, each tile to its place, which may lie `around` it in part."""
         window.take(self._rest)
         while self._tiles and self._place(self._tiles[0][0]) < window.end:
-            self._write_tile(window, *self._tiles.popleft())
+            self._write_tile(window, around, *self._tiles.popleft())
         self._repair(window)
 
-    def _write_tile(self, window: _Bytes, top: int, bottom: int) -> None:
+    def _write_tile(self, window: _Bytes, around: _Bytes, top: int, bottom: int) -> None:
         start, end = self._place(top), self._place(bottom)
         head = self._heads.take(self._editor.recipe.name, top) if start + BLOCK_BYTES > self._item.end else None
         if head is not None:
             self._rest = _Bytes(start, memoryview(head))
             window.take(self._rest)
             return
-        place = start - window.start
-        if place >= 0 and end <= window.end and place % self._unit_bytes == 0:
-            self._session.compute(top, bottom, window.data[place : end - window.start])
-            return
-        self._rest = _Bytes(start, self._scratch.out(end - start))
-        self._session.compute(top, bottom, self._rest.data)
-        self._repair(window, self._rest)
-        window.take(self._rest)
+        if around.start <= start and end <= around.end and (start - around.start) % self._unit_bytes == 0:
+            tile = around.part(start, end)
+            self._session.compute(top, bottom, tile.data)
+            if window.start <= start and end <= window.end:
+                return
+            self._repair(around)
+            self._rest = around.part(window.end, end).copy()
+        else:
+            tile = self._rest = _Bytes(start, self._scratch.out(end - start))
+            self._session.compute(top, bottom, tile.data)
+            self._repair(window, tile)
+            window.take(tile)
         if 0 < self._item.start - start < BLOCK_BYTES:
-            self._heads.keep(self._editor.recipe.name, top, self._rest.data[: self._item.start - start])
+            self._heads.keep(self._editor.recipe.name, top, tile.data[: self._item.start - start])
 
     def _repair(self, *places: _Bytes) -> None:
         flat, elements = self._session.repairs()
@@ -201,6 +207,13 @@ class _Bytes:
     @property
     def end(self) -> int:
         return self.start + len(self.data)
+
+    def part(self, start: int, end: int) -> _Bytes:
+        """Return the bytes from `start` to `end`, none if that is before it."""
+        return _Bytes(start, self.data[start - self.start : end - self.start])
+
+    def copy(self) -> _Bytes:
+        return _Bytes(self.start, memoryview(bytes(self.data)))
 
     def take(self, other: _Bytes) -> None:
         """Copy what the other has of these bytes."""

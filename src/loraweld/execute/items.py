@@ -45,9 +45,19 @@ class Item:
         return [piece for piece in placed[first:last] if piece.end > self.start]
 
     def windows(self, num_bytes: int) -> Iterator[Item]:
-        """Yield its bytes in order as items of at most `num_bytes`."""
-        for start in range(self.start, self.end, num_bytes):
-            yield Item(self.file, start, min(start + num_bytes, self.end))
+        """Yield its bytes in order as items of at most `num_bytes`, which end in the last block of a tile if they can.
+
+        What is left of the tile is then less than a block.
+        """
+        start = self.start
+        while start < self.end:
+            border = limit = min(start + num_bytes, self.end)
+            top = _tile_top(self.file, limit + BLOCK_BYTES - 1)
+            if limit < self.end and top is not None:
+                border = top // BLOCK_BYTES * BLOCK_BYTES
+            end = border if border > start else limit
+            yield Item(self.file, start, end)
+            start = end
 
     @property
     def is_kept(self) -> bool:
@@ -144,17 +154,23 @@ def _border(file: WeightFile, start: int, limit: int) -> int:
 
     What is left of the tile is then so little that the item behind the border can make it for this one too.
     """
-    index = bisect_right(file.placed, limit - BLOCK_BYTES, key=lambda one: one.offset) - 1
-    if index < 0 or (placed := file.placed[index]).end < limit:
-        return limit
+    top = _tile_top(file, limit - BLOCK_BYTES)
+    border = limit if top is None else _block_after(top)
+    return border if border > start else limit
+
+
+def _tile_top(file: WeightFile, place: int) -> int | None:
+    """Return where the tile with the byte at `place` of a file begins, None if none is computed there."""
+    index = bisect_right(file.placed, place, key=lambda one: one.offset) - 1
+    if index < 0 or (placed := file.placed[index]).end <= place:
+        return None
     recipe = placed.recipe
     if recipe.keeps_bytes or recipe.is_encoded:
-        return limit
+        return None
     row_bytes = recipe.num_bytes // recipe.rows
-    row = (limit - BLOCK_BYTES - placed.offset) // row_bytes
+    row = (place - placed.offset) // row_bytes
     top, _ = next(TileGrid(recipe.rows, recipe.source.cols).tiles(row, row + 1))
-    border = _block_after(placed.offset + top * row_bytes)
-    return border if border > start else limit
+    return placed.offset + top * row_bytes
 
 
 def _block_after(place: int) -> int:

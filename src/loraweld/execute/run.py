@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loraweld.adapter.edits import PeftLayer
 from loraweld.checkpoint.reader import Reader
+from loraweld.execute.buffer import Buffer
 from loraweld.execute.checksums import ItemChecksums, made_parts, tensor_checksums
 from loraweld.execute.items import Copies, Item, Stretch, encoded_items, stretches
 from loraweld.execute.kept import Piece, kept_pieces
 from loraweld.execute.outcome import Outcome
 from loraweld.planning.merge_plan import MergePlan, WeightFile
 from loraweld.request import CPU
-from loraweld.sinks.system import aligned_buffer
 
 if TYPE_CHECKING:  # what imports torch is imported when there is work for it
     from loraweld.compute.editor import Scratch
@@ -279,27 +279,27 @@ class _Run:
     def _make(self, item: Item) -> None:
         """Compute and write the pieces of an item, one after the other."""
         buffer, checksums = self._buffer(), ItemChecksums(item)
-        pieces = kept_pieces(item, buffer, self._reader) if item.is_kept else self._computed(item, buffer)
+        pieces = kept_pieces(item, buffer.body, self._reader) if item.is_kept else self._computed(item, buffer)
         while not self._stop.is_set():
             with self._computing:
                 piece = next(pieces, None)
             if piece is None:
                 self._noted[item.key] = (*checksums.values, *self._noted[item.key])
                 return
-            checksums.add(piece.offset, buffer[: piece.count])
-            self._sink.write_at(item.file.name, piece.offset, buffer, piece.count)
+            checksums.add(piece.offset, buffer.body[: piece.count])
+            self._sink.write_at(item.file.name, piece.offset, buffer.body, piece.count)
         raise _Stopped
 
-    def _computed(self, item: Item, buffer: memoryview) -> Iterator[Piece]:
+    def _computed(self, item: Item, buffer: Buffer) -> Iterator[Piece]:
         filler = self._filler.result()
         yield from filler.pieces(item, buffer, self._scratch())
         self._noted[item.key] = filler.measured(item)
 
-    def _buffer(self) -> memoryview:
+    def _buffer(self) -> Buffer:
         """This thread's buffer, made once: fresh memory costs more than the arithmetic."""
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(aligned_buffer(self._plan.buffer_bytes))
-        buffer: memoryview = self._local.buffer
+            self._local.buffer = Buffer(self._plan.buffer_bytes)
+        buffer: Buffer = self._local.buffer
         return buffer
 
     def _scratch(self) -> Scratch:
