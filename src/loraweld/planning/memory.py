@@ -28,8 +28,8 @@ from loraweld.request import MergeRequest
 
 # The most that a thread takes on, and the journal notes. It ends where a tile begins if it can (`execute/items.py`).
 ITEM_BYTES = 1 << 26
-# An item is written in portions of this size, down to the least where the budget is small. Measured on an 8B model: half
-# of it takes 12 % longer, as threads wait for each other at each portion; twice as much takes 5 % less time, and 60 MiB.
+# An item is written in portions of this size, down to the least where the budget is small. Measured on an 8B model:
+# half of it took 12 % longer, as threads wait for each other at each portion; twice as much took 5 % less, and 60 MiB.
 BUFFER_BYTES = 1 << 24
 MIN_BUFFER_BYTES = 1 << 20
 # Python, torch and its thread pools, measured with torch 2.13 (CPU build): not part of the budget.
