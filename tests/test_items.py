@@ -35,8 +35,7 @@ WIDTHS = {"long rows": (96, 4096), "short rows": (1500, 256), "odd rows": (331, 
 def small_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Items of 128 KiB, tiles of up to 64, buffers of 32 or 96."""
     for name, value in {
-        "TILE_ELEMENTS": 1 << 14,
-        "MAX_TILE_ELEMENTS": 1 << 15,
+        "TILE_ELEMENTS": 1 << 15,
         "ITEM_BYTES": 1 << 17,
         "BUFFER_BYTES": request.param,
         "MIN_BUFFER_BYTES": 1 << 15,

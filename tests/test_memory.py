@@ -71,7 +71,7 @@ LAYER_OF_8B = {
 
 @pytest.mark.slow
 def test_a_rank_of_256(tmp_path: Path) -> None:
-    """Factors sixteen times as large change the peak by a tenth; the rest is for the threads' turns."""
+    """Factors sixteen times as large change the peak by a sixth: the right ones of the tensors that threads are at."""
     shapes = {f"model.layers.{n}.{key}": shape for n in range(3) for key, shape in LAYER_OF_8B.items()}
     base = write_hollow_base(tmp_path / "base", {f"{name}.weight": shape for name, shape in shapes.items()})
     peaks = []
@@ -81,7 +81,7 @@ def test_a_rank_of_256(tmp_path: Path) -> None:
         names = sorted({name.rpartition(".")[2] for name in shapes})
         adapter = write_adapter(tmp_path / f"r{rank}", tensors, r=rank, target_modules=names)
         peaks.append(peak_mib(base, adapter, tmp_path / f"out{rank}"))
-    assert peaks[1] < 1.15 * peaks[0], peaks
+    assert peaks[1] < 1.2 * peaks[0], peaks
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from loraweld.compute.bfloat16 import multiplies_bfloat16
 from loraweld.compute.codecs.decoder import open_decoder
 from loraweld.compute.device import HOST
 from loraweld.compute.tensors import read_columns, read_rows, read_stored_rows
-from loraweld.planning.memory import stretch_rows
+from loraweld.planning.memory import HELD_STRETCHES, stretch_rows
 
 _STRIP_COLUMNS = 1024  # whose norms are taken at a time
 _LEAST_SQUARE = 2.0**-100
@@ -32,16 +32,16 @@ Ints = npt.NDArray[np.int64]
 
 
 class Left:
-    """The left factor's rows before `stop`, for one thread: a stretch of them is in memory, and the one before it.
+    """The left factor's rows before `stop`, for one thread: the last stretches of them are in memory.
 
-    A stretch is what a buffer of the output takes; elements in doubt are repaired before the next one is begun.
+    They are all of a buffer of the output; elements in doubt are repaired before the next one is begun.
     """
 
     def __init__(self, load: Callable[[int, int], torch.Tensor], stop: int, stretch: int) -> None:
         self._load = load
         self._stop = stop
         self._stretch = stretch
-        self._held: deque[_Stretch] = deque(maxlen=2)
+        self._held: deque[_Stretch] = deque(maxlen=HELD_STRETCHES)
 
     def rows(self, top: int, count: int) -> torch.Tensor:
         """Return `count` rows from row `top` of the tensor on, (count, R)."""

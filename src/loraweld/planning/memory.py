@@ -34,12 +34,12 @@ BUFFER_BYTES = 1 << 24
 MIN_BUFFER_BYTES = 1 << 20
 # Python, torch and its thread pools, measured with torch 2.13 (CPU build): not part of the budget.
 LIBRARY_BYTES = 260 << 20
-# Rows are edited in tiles of about this many elements: large enough that the cost of calls does not show (half as many
-# took 10 % longer, as threads wait for Python's lock at each), small enough to stay near the core.
-TILE_ELEMENTS = 1 << 20
-# Rows share what a product lays out anew of the right factor: a third of the time at rank 256 where they are only 36.
-# But no tile is larger than 128 rows of 14,336 for it: a thread holds three of them.
-TILE_ROWS, MAX_TILE_ELEMENTS = 128, 7 << 18
+# Rows are edited in tiles of about this many elements: large enough that the cost of calls does not show, and that a
+# product's rows share what it lays out anew of the right factor (a third of the time at rank 256 where they are 36).
+# 128 rows of 14,336: a thread holds three of them, and 2**21 were 3 % faster, but took 15 MiB more.
+TILE_ELEMENTS = 7 << 18
+# Of the rows of a left factor, those in memory: all of a buffer, whose elements in doubt are repaired at its end.
+HELD_STRETCHES = 5
 # Float32 copies of a weight that PEFT's layers hold while they are made and merged, measured on 3000 × 3000: 2 to 9
 # with most tuners, 15 with FRoD, which computes in float64; and ours before and after. PEFT itself takes memory too.
 PEFT_COPIES = 12
@@ -123,7 +123,7 @@ def _matrix_bytes(edit: Edit, source: Source) -> int:
 
 
 def _factor_bytes(recipe: Recipe) -> int:
-    """Float32 factors of a recipe: the side along the columns whole, the other for two stretches of rows."""
+    """Float32 factors of a recipe: the side along the columns whole, the other for a few stretches of rows."""
     edits = list(unwrapped(recipe.edits))
     parts = [edit for edit in edits if isinstance(edit, OnRows)]
     whole = sum(_side_bytes(edit, recipe) for edit in edits if not isinstance(edit, OnRows))
@@ -145,22 +145,23 @@ def _side_bytes(edit: Edit, recipe: Recipe) -> int:
     if not isinstance(edit, _FACTORED):
         return 0
     pairs = 2 if isinstance(edit, Hadamard) else 1
-    stretches = min(2 * stretch_rows(recipe.source.cols), _item_rows(recipe))
+    stretches = min((HELD_STRETCHES + 1) * stretch_rows(recipe.source.cols), _item_rows(recipe))
     # A product of bfloat16 factors lays the right one out anew, and other edits want it in float32 too.
     right = 6 if any(tensor.dtype == "BF16" for tensor in edit.refs) else 4
     return edit.rank * (right * recipe.source.cols + 4 * stretches) * pairs
 
 
 def stretch_rows(num_cols: int) -> int:
-    """Return how many rows of a left factor are loaded at a time: whole tiles, and as many as a buffer takes."""
+    """Return how many rows of a left factor are loaded at a time: whole tiles, about a quarter of those in a buffer."""
     height = tile_height(num_cols)
-    return max(1, BUFFER_BYTES // 2 // (height * max(1, num_cols))) * height
+    tiles = BUFFER_BYTES // 2 // (height * max(1, num_cols))
+    return max(1, -(-tiles // (HELD_STRETCHES - 1))) * height
 
 
 def tile_height(num_cols: int, unit_rows: int = 1) -> int:
     """Return the rows of a tile, a multiple of `unit_rows`."""
     cols = max(1, num_cols)
-    height = max(2, TILE_ELEMENTS // cols, min(TILE_ROWS, MAX_TILE_ELEMENTS // cols))
+    height = max(2, TILE_ELEMENTS // cols)
     return max(unit_rows, height // unit_rows * unit_rows)
 
 
