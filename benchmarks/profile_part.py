@@ -18,7 +18,8 @@ One merge with four threads, of which two compute at a time, one for each core. 
 added up over the threads, so wall time less processor time is waiting: for the disk, for another thread's turn
 with Python's lock, or for a core. What the profile led to: nothing waits for the import of torch, a tile has twice the
 rows (14.7 s → 12.6), and all that is done to it is one function without Python's lock, in pieces that stay in a core's
-cache from widening to the search (12.3 s → 11.0, medians of four in turn)."""
+cache from widening to the search (12.3 s → 11.0, medians of four in turn); it is written
+in portions of 16 MiB between tiles, and nobody waits while another thread journals (10.4 s → 9.1)."""
 
 
 def measured(args: argparse.Namespace, work: Path) -> Part:
