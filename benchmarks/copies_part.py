@@ -13,7 +13,7 @@ from reporting import Part, conditions, ratio_cells, show, table
 FILE_GB = 4.295
 CONDITIONS = """\
 A file of 4 GiB of random bytes, in the page cache, copied until it is durable, the two in turn. By the kernel:
-`copy_file_range`, as whole files are that do not change. As items: read into aligned buffers of 8 MiB and written past
+`copy_file_range`, as whole files are that do not change. As items: read into aligned buffers of 16 MiB and written past
 the page cache, by four threads, as ranges are that do not change."""
 
 
