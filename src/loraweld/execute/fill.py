@@ -213,6 +213,7 @@ class _Bytes:
         return _Bytes(start, self.data[start - self.start : end - self.start])
 
     def copy(self) -> _Bytes:
+        """Return the same in memory of its own."""
         return _Bytes(self.start, memoryview(bytes(self.data)))
 
     def take(self, other: _Bytes) -> None:
