@@ -25,6 +25,9 @@ PART_BYTES = 2 << 30
 # What Ray's worker, and the client of an object store, take besides the merge; measured with Ray 2.60, s3fs 2026.9.
 WORKER_BYTES = 280 << 20
 _LOOK_SECONDS = 2.0
+# Of a worker, which makes one part after the other: else each part's threads take an arena of their own, and what they
+# leave there stays. In a running process `keep_freed_memory` comes too late. Source: mallopt(3) of glibc.
+_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 _RETRIES = 5
 _ANSWER_SECONDS = 10.0
 _END_SECONDS = 60.0
@@ -43,6 +46,7 @@ def run_on_ray(batch: Batch, document: Mapping[str, Any], *, address: str | None
             num_cpus=-(-made.workers // 2),  # two of four threads compute, the others wait for disk or network
             memory=declared_memory(made),
             max_retries=_RETRIES,
+            runtime_env={"env_vars": _ENVIRONMENT},
             name="loraweld",
         )
         count = max(1, min(len(batch.work), math.ceil(made.merged_bytes / PART_BYTES) + _slots(ray, made.workers)))
