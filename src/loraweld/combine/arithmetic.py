@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +25,7 @@ from loraweld.checkpoint.stored import StoredTensor, read_bytes
 from loraweld.combine.methods import Combination
 from loraweld.combine.modules import CombinedModule, Term
 from loraweld.dtypes import DTYPES
+from loraweld.torch_settings import plain_arithmetic
 
 _PREFIX = "base_model.model."
 _PIECE_BYTES = 1 << 24
@@ -44,7 +44,7 @@ def write_combination(
         for end, shape in zip(module.ends, module.shapes, strict=True)
     ]
     entries += [(_key(tensor), tensor.dtype, tensor.shape) for tensor in kept]
-    with path.open("wb") as file, _one_thread():
+    with path.open("wb") as file, plain_arithmetic():
         file.write(build_header(entries, {"format": "pt"}))
         for module in modules:
             for factor, shape in zip(combine_module(module, combination), module.shapes, strict=True):
@@ -178,14 +178,3 @@ def _copy(tensor: StoredTensor, target: BinaryIO) -> None:
         file.seek(tensor.offset)
         for start in range(0, tensor.num_bytes, _PIECE_BYTES):
             target.write(file.read(min(_PIECE_BYTES, tensor.num_bytes - start)))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread per product: its bits then do not depend on the machine's number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -12,8 +12,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -199,7 +199,7 @@ class _Run:
         self._checkpoint = _Checkpoint(sink)
         self._noted: dict[str, Sequence[float]] = {}
         self._filler: Future[Filler]
-        self._restore_threads: Callable[[], None] = lambda: None
+        self._settings = ExitStack()
 
     def weights(self) -> RunResult:
         journal = self._sink.journal.done
@@ -233,7 +233,7 @@ class _Run:
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
-                self._restore_threads()
+                self._settings.close()
                 try:
                     self._checkpoint.note_all()
                 finally:
@@ -244,9 +244,9 @@ class _Run:
         import torch
 
         from loraweld.execute.fill import Filler
+        from loraweld.torch_settings import plain_arithmetic
 
-        self._restore_threads = partial(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # the threads here are the parallelism; and one thread per product keeps its bits
+        self._settings.enter_context(plain_arithmetic())  # and the threads here are the parallelism
         return Filler(
             self._reader,
             device=torch.device(self._plan.device),

@@ -26,6 +26,7 @@ from loraweld.planning.facts import stored_once
 from loraweld.planning.paths import check_place
 from loraweld.request import PathLike
 from loraweld.sinks.folder import TAKEN, FolderSink, open_folder_sink, staging_folder
+from loraweld.torch_settings import plain_arithmetic
 
 Progress = Callable[[int], None]
 # Keys of a config that do not change what the model computes, or that a merge sets from the tensors.
@@ -128,9 +129,8 @@ class _Extraction:
 
     def run(self, started: float) -> ExtractReport:
         request, compared = self._request, self._compared
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the same bits on any machine; and many small steps wait for each other otherwise
-        try:
+        # One thread also because many small steps would wait for each other otherwise.
+        with closing(self._reader), plain_arithmetic():
             changed = self._changed_whole()
             aside = put_aside(compared.weights, changed)
             self._check_allowed(aside)
@@ -138,9 +138,6 @@ class _Extraction:
                 request.output, identity=lambda: "extract", resume=False, overwrite=request.overwrite
             ) as sink:
                 num_bytes = self._fill(sink, aside)
-        finally:
-            torch.set_num_threads(threads)
-            self._reader.close()
         return ExtractReport(
             output=request.output,
             base=compared.base.label,

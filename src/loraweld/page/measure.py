@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import closing
 
-import torch
-
 from loraweld.checkpoint.base import Base
 from loraweld.checkpoint.encodings.encoded import Source
 from loraweld.checkpoint.reader import Reader
 from loraweld.naming.places import Place, places
 from loraweld.naming.tied import find_ties
 from loraweld.page.changes import TensorChange
+from loraweld.torch_settings import plain_arithmetic
 from loraweld.verification.compare import CHANGED, Sums, TensorDifference, difference
 
 Progress = Callable[[int], None]
@@ -28,17 +27,12 @@ def measure(
     """
     old, known = with_ties(base), known or {}
     where = places(list(output.tensors))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same bits on any machine
-    try:
-        with closing(Reader()) as reader:
-            found = []
-            for name, source in output.tensors.items():
-                found.append(known.get(name) or _measured(name, where[name], old.get(name), source, reader))
-                progress(source.stored_bytes)
-            return tuple(found)
-    finally:
-        torch.set_num_threads(threads)
+    with closing(Reader()) as reader, plain_arithmetic():
+        found = []
+        for name, source in output.tensors.items():
+            found.append(known.get(name) or _measured(name, where[name], old.get(name), source, reader))
+            progress(source.stored_bytes)
+        return tuple(found)
 
 
 def with_ties(base: Base) -> Mapping[str, Source]:
