@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import loraweld
+from s3_server import BUCKET, Store
+
 # What the command line promises: the default budget, and what Python and torch take.
 MOST_MIB = 512 + 260
 
@@ -38,6 +41,14 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: obje
     options = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "peft_version": "0.21.2", **config}
     (folder / "adapter_config.json").write_text(json.dumps(options))
     return folder
+
+
+def write_factors(folder: Path, shapes: dict[str, tuple[int, int]], rank: int) -> Path:
+    """Write a LoRA of these modules, by name."""
+    tensors = {f"{name}.lora_A.weight": torch.randn(rank, shape[1]) for name, shape in shapes.items()}
+    tensors |= {f"{name}.lora_B.weight": torch.randn(shape[0], rank) for name, shape in shapes.items()}
+    names = sorted({name.rpartition(".")[2] for name in shapes})
+    return write_adapter(folder, tensors, r=rank, target_modules=names)
 
 
 # A process starts with the peak of the one that starts it: between the tests and the merge there is a small one.
@@ -76,12 +87,23 @@ def test_a_rank_of_256(tmp_path: Path) -> None:
     base = write_hollow_base(tmp_path / "base", {f"{name}.weight": shape for name, shape in shapes.items()})
     peaks = []
     for rank in (16, 256):
-        tensors = {f"{name}.lora_A.weight": torch.randn(rank, shape[1]) for name, shape in shapes.items()}
-        tensors |= {f"{name}.lora_B.weight": torch.randn(shape[0], rank) for name, shape in shapes.items()}
-        names = sorted({name.rpartition(".")[2] for name in shapes})
-        adapter = write_adapter(tmp_path / f"r{rank}", tensors, r=rank, target_modules=names)
+        adapter = write_factors(tmp_path / f"r{rank}", shapes, rank)
         peaks.append(peak_mib(base, adapter, tmp_path / f"out{rank}"))
     assert peaks[1] < 1.2 * peaks[0], peaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("place", ["folder", "store"])
+def test_a_plan_tells_the_peak(place: str, workers: int, tmp_path: Path, s3: Store) -> None:
+    """About, also of a merge whose output is sent away."""
+    shapes = {f"model.layers.{n}.{key}": shape for n in range(2) for key, shape in LAYER_OF_8B.items()}
+    base = write_hollow_base(tmp_path / "base", {f"{name}.weight": shape for name, shape in shapes.items()})
+    adapter = write_factors(tmp_path / "adapter", shapes, 16)
+    out = tmp_path / "out" if place == "folder" else f"s3://{BUCKET}/out"
+    options = ["--base", str(base), "-o", str(out), "--workers", str(workers)]
+    planned = loraweld.plan(adapter, base=base, output=out, workers=workers).peak_memory_bytes / 2**20
+    assert 0.75 * planned <= peak_of("merge", str(adapter), *options, "--quiet") <= 1.1 * planned
 
 
 @pytest.mark.slow

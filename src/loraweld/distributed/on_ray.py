@@ -19,11 +19,10 @@ from loraweld.distributed.plan_file import document_text, open_batch
 from loraweld.errors import LoraweldError, OutputError, RequestError
 from loraweld.execute.parts import Part
 from loraweld.planning.merge_plan import MergePlan
-from loraweld.sinks.store import THREAD_BYTES
 
 PART_BYTES = 2 << 30
-# What Ray's worker, and the client of an object store, take besides the merge; measured with Ray 2.60, s3fs 2026.9.
-WORKER_BYTES = 280 << 20
+# What Ray's worker takes besides the merge, with room; measured with Ray 2.60.
+WORKER_BYTES = 120 << 20
 _LOOK_SECONDS = 2.0
 # Of a worker, which makes one part after the other: else each part's threads take an arena of their own, and what they
 # leave there stays. In a running process `keep_freed_memory` comes too late. Source: mallopt(3) of glibc.
@@ -79,8 +78,7 @@ def _cancel(ray: Any, tasks: list[Any]) -> None:
 
 def declared_memory(made: MergePlan) -> int:
     """Return the bytes that a task asks of the cluster."""
-    of_store = made.workers * THREAD_BYTES if made.store else 0
-    return made.peak_memory_bytes + WORKER_BYTES + of_store
+    return made.peak_memory_bytes + WORKER_BYTES
 
 
 def _make_part(text: str, count: int, number: int) -> tuple[bool, str] | None:

@@ -47,6 +47,8 @@ FROD_COPIES = 18
 PEFT_LIBRARY_BYTES = 200 << 20
 # A client of an object store with what it imports, measured with s3fs 2026.9.
 CLIENT_BYTES = 40 << 20
+# Of a thread that writes to one: two parts that it holds, one on its way, and what the client makes of that.
+SENDING_BYTES = 56 << 20
 _FACTORED = (LowRank, Dora, Residual, SingularValues, Hadamard)
 
 
@@ -97,10 +99,12 @@ def _library_bytes(recipes: Iterable[Recipe]) -> int:
 
 
 def _network_bytes(request: MergeRequest, workers: int) -> int:
-    """What lies in memory of a base and of adapters that are read from the network."""
+    """What lies in memory of a base and of adapters that are read from the network, and of an output that is sent."""
     urls = [is_url(name) for name in (request.base or "", *request.adapters)]
     places = sum(urls) + (request.stream_base and not urls[0])
-    return places * CACHE_BYTES + bool(places) * workers * REQUEST_BYTES + sum(urls) * CLIENT_BYTES
+    reading = places * CACHE_BYTES + bool(places) * workers * REQUEST_BYTES
+    writing = workers * SENDING_BYTES if request.store else 0
+    return reading + writing + (sum(urls) + bool(request.store)) * CLIENT_BYTES
 
 
 def _largest_matrix(recipes: Iterable[Recipe]) -> tuple[int, str]:

@@ -26,8 +26,6 @@ from loraweld.sinks.uploads import GatheredUploads, MultipartUploads, Uploads, p
 
 _HEAD_NAME = "merge"
 _CHUNK_BYTES = 8 << 20
-# Of each thread: what it holds, a part, and the copies that a client makes of it on its way.
-THREAD_BYTES = 6 * _CHUNK_BYTES
 
 
 class Store:
@@ -197,18 +195,19 @@ class StoreSink:
 
     def write_at(self, name: str, offset: int, buffer: memoryview, count: int) -> None:
         """Hold bytes, and send what is enough for a part while enough is left for another."""
-        held = self._held(offset)
-        held.data += buffer[:count]
         chunk = max(_CHUNK_BYTES, part_unit(self._prepared[name][1]))
-        while len(held.data) >= 2 * chunk:
-            self._send(name, held, chunk)
+        held = self._held(offset, 2 * chunk)
+        taken = 0
+        while taken < count:
+            taken += held.take(buffer[taken:count])
+            while held.count >= 2 * chunk:
+                self._send(name, held, chunk)
 
     def end_stretch(self, name: str) -> None:
         """Send the rest of a stretch."""
-        held = getattr(self._local, "held", None)
-        if held is not None and held.data:
-            self._send(name, held, len(held.data))
-        self._local.held = None
+        held: _Held | None = getattr(self._local, "held", None)
+        if held is not None and held.count:
+            self._send(name, held, held.count)
 
     def copy(self, name: str, source: Path) -> None:
         """No file is copied whole."""
@@ -220,19 +219,21 @@ class StoreSink:
     def finish(self, name: str, size: int) -> None:
         """The object appears when all others are complete."""
 
-    def _held(self, offset: int) -> _Held:
-        held = getattr(self._local, "held", None)
-        if held is None:
-            held = self._local.held = _Held(offset)
-        assert held.offset + len(held.data) == offset, "a stretch is written from its start to its end"
+    def _held(self, offset: int, size: int) -> _Held:
+        """Return what this thread holds, in memory of `size` bytes that it keeps: it goes from `offset` on."""
+        held: _Held | None = getattr(self._local, "held", None)
+        if held is None or (len(held.memory) < size and not held.count):
+            held = self._local.held = _Held(size)
+        if not held.count:
+            held.offset = offset
+        assert held.offset + held.count == offset, "a stretch is written from its start to its end"
         return held
 
     def _send(self, name: str, held: _Held, count: int) -> None:
         upload, size = self._prepared[name]
         path = f"{self._store.root}/{name}"
-        self._uploads.put(path, upload, part_number(held.offset, size), bytes(held.data[:count]))
-        del held.data[:count]
-        held.offset += count
+        self._uploads.put(path, upload, part_number(held.offset, size), bytes(held.memory[:count]))
+        held.drop(count)
 
 
 class StorePublisher:
@@ -329,8 +330,21 @@ def _opened(url: str) -> tuple[_Explained, str]:
 
 
 class _Held:
-    """Bytes from `offset` of a file on."""
+    """The first `count` bytes of `memory`: those from `offset` of a file on."""
 
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
-        self.data = bytearray()
+    def __init__(self, size: int) -> None:
+        self.memory = memoryview(bytearray(size))
+        self.offset = 0
+        self.count = 0
+
+    def take(self, data: memoryview) -> int:
+        """Add what there is room for; return how much that is."""
+        taken = min(len(data), len(self.memory) - self.count)
+        self.memory[self.count : self.count + taken] = data[:taken]
+        self.count += taken
+        return taken
+
+    def drop(self, count: int) -> None:
+        """Forget the first bytes."""
+        self.memory[: self.count - count] = self.memory[count : self.count]
+        self.offset, self.count = self.offset + count, self.count - count
