@@ -26,11 +26,11 @@ from loraweld.request import parse_size
 # Nanoseconds of one core for each element, `benchmarks/RESULTS.md`, "Work by its kind": all are moved; what is computed
 # becomes float32 and is rounded; the other steps come on top of that. Of an edited weight it is also measured what
 # encoding has done to it. Codes of 8 bit count as FP8, all others as NF4.
-MOVE_NS, VALUE_NS = 0.45, 1.2
-DECODE_NS = {"FP8": 5.1, "NF4": 0.7}
-EDIT_NS, EDIT_NS_PER_RANK = 0.46, 0.0216
-ENCODE_NS = {"FP8": 3.9, "NF4": 6.7}
-ENCODE_EDITED_NS = {"FP8": 13.0, "NF4": 10.9}
+MOVE_NS, VALUE_NS = 0.2, 0.8
+DECODE_NS = {"FP8": 4.0, "NF4": 0.85}
+EDIT_NS, EDIT_NS_PER_RANK = 0.1, 0.025
+ENCODE_NS = {"FP8": 3.5, "NF4": 6.6}
+ENCODE_EDITED_NS = {"FP8": 9.7, "NF4": 10.4}
 MOVE_SECONDS_PER_BYTE = MOVE_NS * 1e-9 / 2
 # Of every machine before its first item: Python and torch, and the plan, by the number of tensors.
 START_SECONDS = 2.0
