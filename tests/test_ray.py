@@ -105,7 +105,8 @@ def test_three_gigabytes_into_a_store_while_a_worker_is_killed(tmp_path: Path, s
 
 @dataclass
 class Watched:
-    """Peaks of resident memory in bytes, workers by their process ids, and how many were killed."""
+    """A merge's bytes, and those that each task declares; peaks of resident memory in bytes, workers by their process
+    ids, and how many were killed."""
 
     merged_bytes: int
     declared_bytes: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -26,6 +27,20 @@ def test_products_are_of_float32_meanwhile(precision: str) -> None:
         assert torch.get_num_threads() == 1
         assert torch.backends.mkldnn.matmul.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
         raise ZeroDivisionError
+    assert torch.get_num_threads() == threads
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_who_ends_first_changes_nothing_for_the_other(precision: str) -> None:
+    """Two merges of one process, in threads of its own, end as they like."""
+    threads = torch.get_num_threads()
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(plain_arithmetic())
+    second.enter_context(plain_arithmetic())
+    first.close()
+    assert torch.get_num_threads() == 1
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    second.close()
     assert torch.get_num_threads() == threads
     assert torch.get_float32_matmul_precision() == precision
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,41 @@ def plain_arithmetic() -> Iterator[None]:
 
     A program that trains may have let torch shorten them to bfloat16 or TF32 in products, which it then does where the
     processor has instructions for it: `torch.set_float32_matmul_precision`, from torch 2.9 on `fp32_precision`.
+    Of those who compute at the same time the first changes the settings, and the last takes that back.
     """
+    _shared.begin()
+    try:
+        yield
+    finally:
+        _shared.end()
+
+
+class _Shared:
+    """The changed settings, and how many need them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._change = ExitStack()
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._change.enter_context(_changed())
+            self._users += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._change.close()
+
+
+_shared = _Shared()
+
+
+@contextmanager
+def _changed() -> Iterator[None]:
     threads = torch.get_num_threads()
     precisions = _precisions()
     torch.set_num_threads(1)
